@@ -1,0 +1,1 @@
+"""The CUDA kernels, their JIT, and the torch reference they are checked against."""

@@ -1,0 +1,1 @@
+"""The SGLang plugin: which kernel runs, and how it gets into stock SGLang."""

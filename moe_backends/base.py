@@ -1,0 +1,52 @@
+"""What a kernel choice has to offer: one small interface between the quant method and the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from hopper_moe.quantization.packing import PackedExperts
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """The experts that one rank holds, and the sizes that its kernel is built for.
+
+    Expert ids everywhere in this package are *global* (physical ids under EPLB). This rank holds the ids
+    `first_expert .. first_expert + num_local_experts - 1`.
+    """
+
+    num_experts: int  # over all ranks
+    first_expert: int
+    num_local_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int  # of this rank: already divided by the tensor-parallel size of the experts
+    swiglu_limit: float | None  # None: no clamp
+    max_tokens_per_rank: int
+
+
+class ExpertRunner(Protocol):
+    """Runs one layer's local experts. One object per layer, made by `registry.create_runner`."""
+
+    def prepare(self, packed: PackedExperts, shard: ExpertShard) -> None:
+        """Take the layer's packed weights (kept by reference, never copied) and anything the kernel needs beside them.
+
+        Called once per layer after loading; again after a weight reload, which must give the same state.
+        Raises `Refusal` when the shapes do not fit the kernel.
+        """
+
+    def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the local experts' outputs.
+
+        Args:
+            hidden_states: bf16 [num_tokens, hidden_size]; num_tokens may be 0.
+            topk_ids: int32 [num_tokens, top_k], global expert ids; -1 and ids outside the local range are skipped.
+            topk_weights: float32 [num_tokens, top_k], the routed scaling factor already multiplied in.
+
+        Returns:
+            bf16 [num_tokens, hidden_size], a fresh tensor; rows without a local expert are exact zeros.
+        """

@@ -1,0 +1,1 @@
+"""One module per kernel choice; each holds an `ExpertRunner` (see `moe_backends/base.py`)."""

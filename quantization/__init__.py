@@ -1,0 +1,1 @@
+"""Checkpoint types, packed layout and the code between them."""

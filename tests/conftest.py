@@ -1,0 +1,32 @@
+"""Shared test set-up: the `gpu` marker, and a logged seed for fresh random data."""
+
+import os
+import random
+
+import pytest
+
+
+def _hopper_present() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    seed = os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**31)))
+    return f"hopper-moe: TEST_SEED={seed} (set it to repeat a run)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked or _hopper_present():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA Hopper GPU (compute capability 9.0)")
+    for item in marked:
+        item.add_marker(skip)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Seed of this run's random data; fresh in every run, printed in pytest's header."""
+    return int(os.environ["TEST_SEED"])
