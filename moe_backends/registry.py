@@ -1,0 +1,168 @@
+"""Kernel name -> what it needs and how to make its runner. Importing this loads no kernel, no torch, no SGLang.
+
+`choose` answers "which kernel, and why" from the settings and the machine; `layer_refusals` answers "can it serve this
+layer"; `create_runner` imports the one module that is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hopper_moe.moe_backends.env import Settings
+from hopper_moe.moe_backends.env_table import AUTO, KERNELS
+from hopper_moe.moe_backends.errors import Refusal
+
+if TYPE_CHECKING:
+    from hopper_moe.moe_backends.base import ExpertRunner
+
+logger = logging.getLogger("hopper_moe")
+
+HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel and all that it requires. `factory` is "module:callable", called without arguments; None: not built."""
+
+    name: str
+    summary: str
+    factory: str | None
+    expert_dtype: str  # "fp4" or "fp8": the checkpoint's expert weights
+    capability: tuple[int, int] | None = None  # exact compute capability; None: any device, CPU included
+    size_multiple: int = 128  # of hidden_size and intermediate_size
+    max_top_k: int = 16
+    options: frozenset[str] = frozenset()  # optional settings it implements: fp8_combine, fp4_dispatch
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one MoE layer as a rank sees it; `expert_dtype` is "fp4" or "fp8"."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    expert_dtype: str
+    ep_size: int = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that will run and one sentence saying why."""
+
+    spec: KernelSpec
+    reason: str
+
+
+_SPECS = (
+    KernelSpec(
+        "mxfp4_mega",
+        "FP4 experts, one fused kernel: dispatch, both GEMMs, SwiGLU and combine",
+        "hopper_moe.moe_backends.runners.mxfp4_mega:create",
+        "fp4",
+        HOPPER,
+    ),
+    KernelSpec("fp8_mega", "FP8 experts, the same fused kernel", None, "fp8", HOPPER),
+    KernelSpec("w4a16", "FP4 experts, BF16 activations, for small batches", None, "fp4", HOPPER),
+    KernelSpec(
+        "reference",
+        "FP4 experts in plain torch, FP64 sums: any device, slow, what the kernels are checked against",
+        "hopper_moe.moe_backends.runners.reference:create",
+        "fp4",
+    ),
+)
+REGISTRY: dict[str, KernelSpec] = {spec.name: spec for spec in _SPECS}
+assert tuple(REGISTRY) == KERNELS, "every kernel name of the environment table has exactly one spec, in the same order"
+
+
+def choose(settings: Settings, capability: tuple[int, int] | None) -> Choice:
+    """The kernel to run on a device of this compute capability (None: no CUDA device), and the reason, which is logged.
+
+    Raises `Refusal` when the kernel asked for is not built or does not run here, or when no allowed kernel does.
+    """
+    if settings.kernel != AUTO:
+        spec = REGISTRY[settings.kernel]
+        problem = _problem(spec, settings, capability)
+        if problem:
+            raise Refusal(f"HOPPER_MOE_KERNEL={spec.name}: {problem}; {_advice(settings, capability)}")
+        choice = Choice(spec, f"asked for by HOPPER_MOE_KERNEL={spec.name}")
+    else:
+        passed_over: list[str] = []
+        for name in settings.allowed_kernels:
+            problem = _problem(REGISTRY[name], settings, capability)
+            if problem is None:
+                better = f"; passed over: {', '.join(passed_over)}" if passed_over else ""
+                choice = Choice(REGISTRY[name], f"the best that runs on {_device(capability)}{better}")
+                break
+            passed_over.append(f"{name} ({problem})")
+        else:
+            raise Refusal(
+                f"HOPPER_MOE_KERNEL=auto ({settings.sources['kernel']}): none is left that runs here, "
+                f"{', '.join(passed_over)}; {_advice(settings, capability)}"
+            )
+    logger.info("kernel %s: %s", choice.spec.name, choice.reason)
+    return choice
+
+
+def layer_refusals(spec: KernelSpec, layer: LayerShape) -> list[str]:
+    """Every reason why `spec` cannot serve a layer of this shape, one sentence each; empty: it can."""
+    found = []
+    for field in ("hidden_size", "intermediate_size"):
+        value = getattr(layer, field)
+        if value < 1 or value % spec.size_multiple:
+            found.append(f"{field} {value} is not a positive multiple of {spec.size_multiple}, which {spec.name} needs: no kernel here serves it.")
+    if layer.num_experts < 1:
+        found.append(f"num_experts {layer.num_experts} is not positive: the checkpoint has no routed experts to serve.")
+    elif layer.ep_size < 1 or layer.num_experts % layer.ep_size:
+        found.append(f"{layer.num_experts} experts do not divide into {layer.ep_size} expert-parallel ranks: choose a size that divides them.")
+    if not 1 <= layer.top_k <= min(spec.max_top_k, max(layer.num_experts, 1)):
+        found.append(f"top_k {layer.top_k} is outside 1..{min(spec.max_top_k, max(layer.num_experts, 1))}, the most that {spec.name} routes here.")
+    if layer.expert_dtype != spec.expert_dtype:
+        found.append(f"the checkpoint's experts are {layer.expert_dtype}, but {spec.name} serves {spec.expert_dtype}: choose another kernel or checkpoint.")
+    return found
+
+
+def create_runner(name: str) -> ExpertRunner:
+    """A new runner of kernel `name`, for one layer. Imports the kernel's module; raises `Refusal` when it is not built."""
+    spec = REGISTRY.get(name)
+    if spec is None:
+        raise Refusal(f"{name!r} is not a kernel: use one of {', '.join(REGISTRY)}.")
+    if spec.factory is None:
+        raise Refusal(f"kernel {name} is not built in this release: use one of {', '.join(_built())}.")
+    module, attribute = spec.factory.split(":")
+    return getattr(importlib.import_module(module), attribute)()
+
+
+def _problem(spec: KernelSpec, settings: Settings, capability: tuple[int, int] | None) -> str | None:
+    if spec.factory is None:
+        return "not built in this release"
+    if spec.capability is not None and capability != spec.capability:
+        return f"needs compute capability {spec.capability[0]}.{spec.capability[1]}, here is {_device(capability)}"
+    missing = [name for name in ("fp8_combine", "fp4_dispatch") if getattr(settings, name) and name not in spec.options]
+    if missing:
+        return " and ".join(f"has no {name} in this release (set by {_origin(settings, name)})" for name in missing)
+    return None
+
+
+def _origin(settings: Settings, field: str) -> str:
+    source = settings.sources[field]
+    return f"HOPPER_MOE_{field.upper()}=1" if source == "environment" else f"{source}=1"
+
+
+def _advice(settings: Settings, capability: tuple[int, int] | None) -> str:
+    set_options = [name for name in ("fp8_combine", "fp4_dispatch") if getattr(settings, name)]
+    if set_options:
+        return f"unset {' and '.join(_origin(settings, name).removesuffix('=1') for name in set_options)}."
+    runs = [name for name in _built() if REGISTRY[name].capability in (None, capability)]
+    return f"here runs: {', '.join(runs)}."
+
+
+def _built() -> list[str]:
+    return [spec.name for spec in REGISTRY.values() if spec.factory is not None]
+
+
+def _device(capability: tuple[int, int] | None) -> str:
+    return "a machine without a CUDA device" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
