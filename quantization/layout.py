@@ -1,0 +1,95 @@
+"""Every constant of `kernels/CONTRACT.md`, once.
+
+The CUDA sources get the integer constants as `-D` defines (`as_defines`), the Python sources import them from here. Sizes are in elements
+unless the name says bytes. This module imports neither torch nor anything else that is slow, so that the command line can use it.
+"""
+
+from hopper_moe.moe_backends.errors import Refusal
+
+# Activations (contract section 1).
+ACT_GROUP = 256  # features of x that share one FP32 scale; the last group is 128 wide when hidden_size % 256 == 128
+H_GROUP = 128  # features of the intermediate h that share one FP32 scale
+COMBINE_GROUP = 128  # features of a combine slot that share one FP32 scale, only when slots travel as E4M3
+E4M3_MAX = 448
+AMAX_FLOOR_EXPONENT = -100  # amax of a group is never below 2**-100, so 448 / amax stays finite
+
+# Checkpoint types (contract section 2).
+MXFP4_GROUP = 32  # features of one row that share one UE8M0 scale
+UE8M0_BIAS = 127
+UE8M0_NAN = 255
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the three magnitude bits; bit 3 is the sign
+FP8_BLOCK = 128  # block-scaled E4M3 weights have one scale per 128 x 128 block
+
+# Packed weights, "fragment order" (contract section 3).
+UNIT_ROWS = 64
+UNIT_K = 128
+UNIT_NIBBLE_BYTES = UNIT_ROWS * UNIT_K // 2  # 4096
+UNIT_DELTA_BYTES = UNIT_ROWS * UNIT_K // MXFP4_GROUP  # 256
+UNIT_BYTES = UNIT_NIBBLE_BYTES + UNIT_DELTA_BYTES  # 4352
+ROW_BLOCK = 128  # packed rows per row block: two units
+UNITS_PER_BLOCK = ROW_BLOCK // UNIT_ROWS
+GATE_UP_INTERLEAVE = 8  # rows of w1, then as many of w3, alternating
+MAX_DELTA = 11  # octaves between a row's smallest and largest scale that E4M3 still holds exactly
+BASE_SHIFT = 5  # the decoded weight is e2m1 * 2**(delta - BASE_SHIFT), its row factor 2**(base + BASE_SHIFT - 127)
+MAX_BASE = 254 - BASE_SHIFT  # beyond it the row factor is no finite FP32 number
+
+# Limits.
+DIM_MULTIPLE = 128
+MAX_TOP_K = 16
+
+
+def as_defines() -> dict[str, int]:
+    """The integer constants of this module by name, for `-D` defines of the CUDA compiler."""
+    return {name: value for name, value in globals().items() if name.isupper() and type(value) is int}
+
+
+def act_groups(hidden_size: int) -> int:
+    """Scales per token of x: ceil(hidden_size / 256)."""
+    return -(-hidden_size // ACT_GROUP)
+
+
+def h_groups(intermediate_size: int) -> int:
+    """Scales per (token, slot) of the intermediate h: ceil(intermediate_size / 128)."""
+    return -(-intermediate_size // H_GROUP)
+
+
+def packed_shape(num_rows: int, num_k: int) -> tuple[int, int, int, int]:
+    """Shape of one expert's packed matrix of `num_rows` packed rows and `num_k` columns (uint8)."""
+    return (num_rows // ROW_BLOCK, num_k // UNIT_K, UNITS_PER_BLOCK, UNIT_BYTES)
+
+
+def w13_packed_shape(num_experts: int, hidden_size: int, intermediate_size: int) -> tuple[int, int, int, int, int]:
+    """[E, 2I/128, H/128, 2, 4352]."""
+    return (num_experts, *packed_shape(2 * intermediate_size, hidden_size))
+
+
+def w2_packed_shape(num_experts: int, hidden_size: int, intermediate_size: int) -> tuple[int, int, int, int, int]:
+    """[E, H/128, I/128, 2, 4352]."""
+    return (num_experts, *packed_shape(hidden_size, intermediate_size))
+
+
+def packed_expert_bytes(hidden_size: int, intermediate_size: int) -> int:
+    """Bytes of one packed expert: units of both matrices plus one base byte a row."""
+    units = (2 * intermediate_size // UNIT_ROWS) * (hidden_size // UNIT_K) + (hidden_size // UNIT_ROWS) * (intermediate_size // UNIT_K)
+    return units * UNIT_BYTES + 2 * intermediate_size + hidden_size
+
+
+def check_dims(hidden_size: int, intermediate_size: int) -> None:
+    """Raises Refusal unless both sizes are positive multiples of 128."""
+    for name, value in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        if value <= 0 or value % DIM_MULTIPLE:
+            raise Refusal(
+                f"{name} {value} is not a positive multiple of {DIM_MULTIPLE}, which the packed FP4 format needs: "
+                "serve this model with HOPPER_MOE_KERNEL=reference or with another MoE backend."
+            )
+
+
+def check_shape(hidden_size: int, intermediate_size: int, num_experts: int, top_k: int) -> None:
+    """Raises Refusal unless the packed FP4 kernels can run a layer of this shape (`num_experts`: all experts of the layer)."""
+    check_dims(hidden_size, intermediate_size)
+    if num_experts < 1:
+        raise Refusal(f"num_experts {num_experts} is below 1: give the number of routed experts of the layer.")
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise Refusal(f"top_k {top_k} is outside 1..{MAX_TOP_K}, the limit of the fused kernel: serve this model with another MoE backend.")
+    if top_k > num_experts:
+        raise Refusal(f"top_k {top_k} is above num_experts {num_experts}: a token cannot choose more experts than there are.")

@@ -1,0 +1,219 @@
+"""Checkpoint MXFP4 experts <-> packed weights in fragment order (`kernels/CONTRACT.md` section 3). CPU and CUDA, bit for bit, one expert at a time.
+
+The packed bytes of an expert are as many as its checkpoint bytes plus one base byte a row; nothing is rounded on the way. Rows that the
+format cannot hold exactly are found first (`check_exact`) and refused.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization import layout
+from hopper_moe.quantization.codecs import as_bytes
+from hopper_moe.quantization.exactness import check_exact
+
+_WARPS, _HALVES, _LANE_ROWS, _LANE_COLS = 4, 2, 8, 4
+_GROUPS_PER_HALF = layout.UNIT_K // layout.MXFP4_GROUP // _HALVES
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """The experts of one layer on one rank. Dim 0 of every tensor is the local expert, contiguous per expert; all uint8."""
+
+    w13_packed: torch.Tensor  # [E, 2I/128, H/128, 2, 4352]
+    w13_base: torch.Tensor  # [E, 2I], packed row order (gate and up in eights)
+    w2_packed: torch.Tensor  # [E, H/128, I/128, 2, 4352]
+    w2_base: torch.Tensor  # [E, H]
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "w13_packed": layout.w13_packed_shape(self.num_experts, self.hidden_size, self.intermediate_size),
+            "w13_base": (self.num_experts, 2 * self.intermediate_size),
+            "w2_packed": layout.w2_packed_shape(self.num_experts, self.hidden_size, self.intermediate_size),
+            "w2_base": (self.num_experts, self.hidden_size),
+        }
+        for name, shape in wanted.items():
+            tensor = getattr(self, name)
+            if tensor.dtype is not torch.uint8 or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+                raise Refusal(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}, not a contiguous torch.uint8 {list(shape)}: make it with pack_experts."
+                )
+
+    @property
+    def num_experts(self) -> int:
+        """Experts held here (local)."""
+        return self.w2_base.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.w2_base.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.w13_base.shape[1] // 2
+
+    @property
+    def device(self) -> torch.device:
+        return self.w2_base.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the four tensors."""
+        return sum(t.numel() for t in (self.w13_packed, self.w13_base, self.w2_packed, self.w2_base))
+
+    @classmethod
+    def empty(cls, num_experts: int, hidden_size: int, intermediate_size: int, device: torch.device | str) -> "PackedExperts":
+        """Uninitialised tensors of the right shapes, to be filled with `pack_expert_into`. Refuses sizes that are no multiple of 128."""
+        layout.check_dims(hidden_size, intermediate_size)
+
+        def bytes_of(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.uint8, device=device)
+
+        return cls(
+            bytes_of(*layout.w13_packed_shape(num_experts, hidden_size, intermediate_size)),
+            bytes_of(num_experts, 2 * intermediate_size),
+            bytes_of(*layout.w2_packed_shape(num_experts, hidden_size, intermediate_size)),
+            bytes_of(num_experts, hidden_size),
+        )
+
+
+def interleave_rows(intermediate_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """int64 [2I]: for each packed row of w13 the checkpoint row in `[w1; w3]` that it holds (contract: rows in eights, gate first)."""
+    packed_row = torch.arange(2 * intermediate_size, device=device)
+    eight = layout.GATE_UP_INTERLEAVE
+    feature = packed_row // (2 * eight) * eight + packed_row % eight
+    return feature + packed_row // eight % 2 * intermediate_size
+
+
+# ---- one matrix
+
+
+def pack_matrix(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checkpoint bytes of one matrix, already in packed row order -> (uint8 [N/128, K/128, 2, 4352], base uint8 [N]).
+
+    weight: int8 or uint8 [N, K/2]; scale: uint8 or float8_e8m0fnu [N, K/32]. Exactness is the caller's to check.
+    """
+    data, scale_bytes = as_bytes(weight).contiguous(), as_bytes(scale)
+    num_rows, num_k = data.shape[0], data.shape[1] * 2
+    # Two bytes hold four neighbouring k; [.., a or b, lane%4] picks the k's of one lane, b being the a's + 16.
+    quads = data.view(torch.int16).reshape(
+        num_rows // layout.UNIT_ROWS, _WARPS, 2, _LANE_ROWS, num_k // layout.UNIT_K, _HALVES, _GROUPS_PER_HALF, 2, _LANE_COLS
+    )
+    words = _interleave_words(quads[..., 0, :], quads[..., 1, :])  # [unit row, warp, r8, lane//4, unit k, half, g2, lane%4]
+    nibbles = words.permute(0, 4, 1, 5, 3, 7, 6, 2).contiguous().view(torch.uint8)
+    blocks, units_k = num_rows // layout.ROW_BLOCK, num_k // layout.UNIT_K
+    packed = torch.empty(layout.packed_shape(num_rows, num_k), dtype=torch.uint8, device=data.device)
+    by_unit = nibbles.view(blocks, layout.UNITS_PER_BLOCK, units_k, layout.UNIT_NIBBLE_BYTES)
+    packed[..., : layout.UNIT_NIBBLE_BYTES] = by_unit.transpose(1, 2)
+
+    base = scale_bytes.amin(-1)
+    deltas = (scale_bytes - base.unsqueeze(-1)).view(blocks, layout.UNITS_PER_BLOCK, layout.UNIT_ROWS, units_k, -1)
+    packed[..., layout.UNIT_NIBBLE_BYTES :] = deltas.permute(0, 3, 1, 2, 4).reshape(blocks, units_k, layout.UNITS_PER_BLOCK, -1)
+    return packed, base
+
+
+def unpack_matrix(packed: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_matrix`: (uint8 [N, K/2], scale bytes uint8 [N, K/32]), rows in packed order."""
+    blocks, units_k = packed.shape[:2]
+    num_rows = blocks * layout.ROW_BLOCK
+    units = packed.transpose(1, 2).reshape(num_rows // layout.UNIT_ROWS, units_k, layout.UNIT_BYTES)
+    words = units[..., : layout.UNIT_NIBBLE_BYTES].contiguous().view(torch.int32)
+    words = words.view(-1, units_k, _WARPS, _HALVES, _LANE_ROWS, _LANE_COLS, _GROUPS_PER_HALF, 2)
+    quads = torch.stack(_separate_words(words.permute(0, 2, 7, 4, 1, 3, 6, 5)), dim=-2)
+    weight = quads.contiguous().view(torch.uint8).view(num_rows, -1)
+
+    deltas = units[..., layout.UNIT_NIBBLE_BYTES :].reshape(-1, units_k, layout.UNIT_ROWS, layout.UNIT_K // layout.MXFP4_GROUP)
+    scale = deltas.transpose(1, 2).reshape(num_rows, -1) + base.unsqueeze(-1)
+    return weight, scale
+
+
+def _interleave_words(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Four codes of a and of b (int16, nibble j = code j) -> one int32 word: magnitudes in place, sign of a_j at bit 8j+7, of b_j at 8j+3."""
+    a, b = a.to(torch.int32), b.to(torch.int32)
+    word = (a & 0x7777) | ((b & 0x7777) << 16)
+    for j in range(4):
+        word |= ((a >> (4 * j + 3)) & 1) << (8 * j + 7)
+        word |= ((b >> (4 * j + 3)) & 1) << (8 * j + 3)
+    return word
+
+
+def _separate_words(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `_interleave_words`."""
+    a, b = word & 0x7777, (word >> 16) & 0x7777
+    for j in range(4):
+        a |= ((word >> (8 * j + 7)) & 1) << (4 * j + 3)
+        b |= ((word >> (8 * j + 3)) & 1) << (4 * j + 3)
+    return a.to(torch.int16), b.to(torch.int16)
+
+
+# ---- one expert, one layer
+
+
+def pack_expert_into(
+    packed: PackedExperts, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
+) -> None:
+    """Packs one expert's checkpoint tensors (no expert dim, rows `[w1; w3]`) into slot `expert`. Exactness is the caller's to check."""
+    rows = interleave_rows(packed.intermediate_size, w13.device)
+    tiles, base = pack_matrix(as_bytes(w13)[rows], as_bytes(w13_scale)[rows])
+    packed.w13_packed[expert].copy_(tiles)
+    packed.w13_base[expert].copy_(base)
+    tiles, base = pack_matrix(w2, w2_scale)
+    packed.w2_packed[expert].copy_(tiles)
+    packed.w2_base[expert].copy_(base)
+
+
+def unpack_expert(packed: PackedExperts, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(w13 [2I, H/2], w13_scale [2I, H/32], w2 [H, I/2], w2_scale [H, I/32]) of one expert, all uint8, rows `[w1; w3]`."""
+    rows = interleave_rows(packed.intermediate_size, packed.device)
+    weight, scale = unpack_matrix(packed.w13_packed[expert], packed.w13_base[expert])
+    w13, w13_scale = torch.empty_like(weight), torch.empty_like(scale)
+    w13[rows], w13_scale[rows] = weight, scale
+    return (w13, w13_scale, *unpack_matrix(packed.w2_packed[expert], packed.w2_base[expert]))
+
+
+def check_checkpoint_shapes(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> tuple[int, int, int]:
+    """(num_experts, hidden_size, intermediate_size) of a layer's checkpoint tensors. Raises Refusal if they do not belong together."""
+    for name, tensor in (("w13", w13), ("w13_scale", w13_scale), ("w2", w2), ("w2_scale", w2_scale)):
+        if tensor.dim() != 3:
+            raise Refusal(f"{name} has shape {list(tensor.shape)}, not three dimensions [experts, rows, columns]: stack the experts.")
+        as_bytes(tensor)
+    num_experts, hidden_size, intermediate_size = w13.shape[0], w13.shape[2] * 2, w13.shape[1] // 2
+    group = layout.MXFP4_GROUP
+    wanted = {
+        "w13": (w13, (num_experts, 2 * intermediate_size, hidden_size // 2)),
+        "w13_scale": (w13_scale, (num_experts, 2 * intermediate_size, hidden_size // group)),
+        "w2": (w2, (num_experts, hidden_size, intermediate_size // 2)),
+        "w2_scale": (w2_scale, (num_experts, hidden_size, intermediate_size // group)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise Refusal(
+                f"{name} has shape {list(tensor.shape)}, but {num_experts} experts of hidden_size {hidden_size} and intermediate_size "
+                f"{intermediate_size} (read from w13) need {list(shape)}: check the checkpoint."
+            )
+    return num_experts, hidden_size, intermediate_size
+
+
+def pack_experts(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> PackedExperts:
+    """Packs a layer's checkpoint tensors; they are left as they are.
+
+    w13 int8 or uint8 [E, 2I, H/2] (rows `[w1; w3]`), w13_scale uint8 or float8_e8m0fnu [E, 2I, H/32], w2 [E, H, I/2], w2_scale [E, H, I/32].
+    Raises Refusal for wrong shapes, for sizes that are no multiple of 128, and for rows that the packed format cannot hold exactly.
+    """
+    num_experts, hidden_size, intermediate_size = check_checkpoint_shapes(w13, w13_scale, w2, w2_scale)
+    layout.check_dims(hidden_size, intermediate_size)
+    check_exact(w13_scale, w2_scale).require_exact()
+    packed = PackedExperts.empty(num_experts, hidden_size, intermediate_size, w13.device)
+    for expert in range(num_experts):
+        pack_expert_into(packed, expert, w13[expert], w13_scale[expert], w2[expert], w2_scale[expert])
+    return packed
+
+
+def unpack_experts(packed: PackedExperts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_experts`, bit for bit: (w13, w13_scale, w2, w2_scale), all uint8."""
+    experts = [unpack_expert(packed, expert) for expert in range(packed.num_experts)]
+    if not experts:
+        raise Refusal("there are 0 experts to unpack: give a layer with at least one expert on this rank.")
+    w13, w13_scale, w2, w2_scale = (torch.stack(tensors) for tensors in zip(*experts, strict=True))
+    return w13, w13_scale, w2, w2_scale

@@ -1,0 +1,203 @@
+"""Packed layout: against a scalar transcription of kernels/CONTRACT.md section 3, and back again bit for bit."""
+
+import pytest
+import torch
+
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization import layout
+from hopper_moe.quantization.exactness import check_exact
+from hopper_moe.quantization.packing import PackedExperts, interleave_rows, pack_experts, pack_matrix, unpack_experts
+
+# Every shape of the kernel design: (hidden_size, intermediate_size, experts that make 10,000 rows or more).
+SHAPES = {"flash": (4096, 2048, 2), "pro": (7168, 3072, 1), "v3_like": (7168, 2048, 1), "v4_1_flash": (5120, 2304, 2)}
+
+
+def random_scales(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Row minima anywhere in 0..243, deltas over the whole exact range 0..11."""
+    low = torch.randint(0, 244, (*shape[:-1], 1), generator=generator)
+    return (low + torch.randint(0, layout.MAX_DELTA + 1, shape, generator=generator)).to(torch.uint8)
+
+
+def random_layer(num_experts: int, hidden_size: int, intermediate_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def nibbles(rows: int, cols: int) -> torch.Tensor:
+        return torch.randint(0, 256, (num_experts, rows, cols // 2), dtype=torch.uint8, generator=generator)
+
+    return (
+        nibbles(2 * intermediate_size, hidden_size),
+        random_scales((num_experts, 2 * intermediate_size, hidden_size // 32), generator),
+        nibbles(hidden_size, intermediate_size),
+        random_scales((num_experts, hidden_size, intermediate_size // 32), generator),
+    )
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def scalar_pack_unit(nibble_of, scale_of, base_of) -> bytes:
+    """One unit, bit by bit, straight from the contract. Callables take (row 0..63, k 0..127) / (row, k32 group) / (row)."""
+    unit = bytearray(4352)
+    for warp in range(4):
+        for half in range(2):
+            for lane in range(32):
+                for g2 in range(2):
+                    for r8 in range(2):
+                        row, group = 16 * warp + lane // 4 + 8 * r8, 2 * half + g2
+                        word = 0
+                        for j in range(4):
+                            k = 32 * group + 4 * (lane % 4) + j
+                            a, b = nibble_of(row, k), nibble_of(row, k + 16)
+                            word |= (a & 7) << (4 * j) | (b & 7) << (16 + 4 * j)
+                            word |= (a >> 3) << (8 * j + 7) | (b >> 3) << (8 * j + 3)
+                        offset = ((warp * 2 + half) * 32 + lane) * 16 + (g2 * 2 + r8) * 4
+                        unit[offset : offset + 4] = word.to_bytes(4, "little")
+    for row in range(64):
+        for group in range(4):
+            unit[4096 + row * 4 + group] = scale_of(row, group) - base_of(row)
+    return bytes(unit)
+
+
+def test_every_unit_of_a_small_expert_is_what_the_contract_says(generator):
+    hidden_size, intermediate_size = 256, 384
+    w13, w13_scale, w2, w2_scale = random_layer(2, hidden_size, intermediate_size, generator)
+    packed = pack_experts(w13, w13_scale, w2, w2_scale)
+    expert = 1
+    w13_rows = [(p // 16) * 8 + p % 8 + (intermediate_size if (p // 8) % 2 else 0) for p in range(2 * intermediate_size)]
+    matrices = (
+        (w13[expert].tolist(), w13_scale[expert].tolist(), w13_rows, packed.w13_packed[expert], packed.w13_base[expert].tolist()),
+        (w2[expert].tolist(), w2_scale[expert].tolist(), list(range(hidden_size)), packed.w2_packed[expert], packed.w2_base[expert].tolist()),
+    )
+    for weight, scale, source, tiles, base in matrices:
+        assert base == [min(scale[row]) for row in source]
+        for row_block in range(tiles.shape[0]):
+            for k_block in range(tiles.shape[1]):
+                for which in range(2):
+                    first = row_block * 128 + which * 64
+
+                    def nibble(row: int, k: int) -> int:
+                        byte = weight[source[first + row]][(k_block * 128 + k) // 2]  # noqa: B023 (used within the iteration)
+                        return byte >> 4 if k % 2 else byte & 15
+
+                    unit = scalar_pack_unit(
+                        nibble,
+                        lambda row, group: scale[source[first + row]][k_block * 4 + group],  # noqa: B023
+                        lambda row: base[first + row],  # noqa: B023
+                    )
+                    assert bytes(tiles[row_block, k_block, which].tolist()) == unit, (row_block, k_block, which)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_round_trip_of_10000_rows_is_bit_exact(shape, generator):
+    hidden_size, intermediate_size, num_experts = SHAPES[shape]
+    layer = random_layer(num_experts, hidden_size, intermediate_size, generator)
+    before = [tensor.clone() for tensor in layer]
+    packed = pack_experts(*layer)
+    assert packed.w13_base.numel() + packed.w2_base.numel() >= 10_000
+    assert (packed.num_experts, packed.hidden_size, packed.intermediate_size) == (num_experts, hidden_size, intermediate_size)
+    assert packed.num_bytes == num_experts * layout.packed_expert_bytes(hidden_size, intermediate_size)
+    for name, given, back, kept in zip(("w13", "w13_scale", "w2", "w2_scale"), layer, unpack_experts(packed), before, strict=True):
+        assert torch.equal(given, kept), f"{name} was changed in place"
+        assert torch.equal(back, kept), f"{name} did not come back bit for bit"
+
+
+def test_interleave_puts_gate_and_up_of_a_feature_eight_rows_apart():
+    rows = interleave_rows(128).tolist()
+    assert sorted(rows) == list(range(256))
+    for packed_row in range(0, 256, 16):
+        for lane_row in range(8):
+            gate, up = rows[packed_row + lane_row], rows[packed_row + lane_row + 8]
+            assert gate < 128 and up == gate + 128
+
+
+def test_checkpoint_types_and_views_pack_like_plain_bytes(generator):
+    w13, w13_scale, w2, w2_scale = random_layer(3, 128, 128, generator)
+    plain = pack_experts(w13, w13_scale, w2, w2_scale)
+    typed = pack_experts(w13.view(torch.int8), w13_scale.view(torch.float8_e8m0fnu), w2.view(torch.int8), w2_scale.view(torch.float8_e8m0fnu))
+    reversed_experts = pack_experts(*(t.flip(0)[0:3] for t in (w13, w13_scale, w2, w2_scale)))
+    for name in ("w13_packed", "w13_base", "w2_packed", "w2_base"):
+        assert torch.equal(getattr(plain, name), getattr(typed, name)), name
+        assert torch.equal(getattr(plain, name).flip(0), getattr(reversed_experts, name)), name
+
+
+def test_row_at_the_edge_of_exactness_packs_and_one_step_beyond_is_refused(generator):
+    layer = random_layer(2, 256, 128, generator)
+    w13_scale = layer[1]
+    w13_scale[1, 7] = 100
+    w13_scale[1, 7, 3] = 111
+    assert check_exact(w13_scale, layer[3]).is_exact
+    for given, back in zip(layer, unpack_experts(pack_experts(*layer)), strict=True):
+        assert torch.equal(given, back)
+    w13_scale[1, 7, 3] = 112
+    w13_scale[1, 9, 0] = 0
+    w13_scale[1, 9, 1] = 40
+    report = check_exact(w13_scale, layer[3])
+    assert (report.num_inexact_rows, report.worst_span, report.has_nan) == (2, 40, False)
+    with pytest.raises(Refusal, match=r"w13 expert 1: the scales of 2 rows span up to 40 .* above the 11 "):
+        pack_experts(*layer)
+
+
+def test_large_base_and_nan_scale_are_refused(generator):
+    layer = random_layer(2, 128, 128, generator)
+    w2_scale = layer[3]
+    w2_scale[0, 5] = 249
+    assert check_exact(layer[1], w2_scale).is_exact
+    w2_scale[0, 5] = 250
+    with pytest.raises(Refusal, match=r"w2 expert 0: the smallest scale byte of 1 rows is up to 250, above the 249"):
+        pack_experts(*layer)
+    w2_scale[1, 2, 1] = 255
+    w2_scale[1, 3] = 255
+    report = check_exact(layer[1], w2_scale)
+    assert report.has_nan
+    with pytest.raises(Refusal, match=r"layers\.3\.w2 expert 1: 5 scale bytes are 255 \(NaN\)"):
+        report.require_exact("layers.3")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.update(w13=t["w13"][:, :, :-1]), "w13_scale has shape"),
+        (lambda t: t.update(w13_scale=t["w13_scale"][:1]), r"w13_scale has shape \[1, 256, 4\]"),
+        (lambda t: t.update(w2=t["w2"].transpose(1, 2)[:, :32]), "w2 has shape"),
+        (lambda t: t.update(w2_scale=t["w2_scale"].float()), "torch.float32 was given where one byte"),
+        (lambda t: t.update(w13=t["w13"][0]), "not three dimensions"),
+    ],
+    ids=["odd_columns", "missing_expert", "w2_rows", "float_scale", "no_expert_dim"],
+)
+def test_tensors_that_do_not_belong_together_are_refused(change, sentence, generator):
+    tensors = dict(zip(("w13", "w13_scale", "w2", "w2_scale"), random_layer(2, 128, 128, generator), strict=True))
+    change(tensors)
+    with pytest.raises(Refusal, match=sentence):
+        pack_experts(**tensors)
+
+
+def test_sizes_that_are_no_multiple_of_128_are_refused(generator):
+    with pytest.raises(Refusal, match="intermediate_size 64 is not a positive multiple of 128"):
+        pack_experts(*random_layer(1, 128, 64, generator))
+    with pytest.raises(Refusal, match="w13_base is"):
+        packed = pack_experts(*random_layer(1, 128, 128, generator))
+        PackedExperts(packed.w13_packed, packed.w13_base[:, :128], packed.w2_packed, packed.w2_base)
+
+
+def test_defines_hold_the_contract_numbers():
+    wanted = {"UNIT_ROWS": 64, "UNIT_K": 128, "UNIT_BYTES": 4352, "ACT_GROUP": 256, "H_GROUP": 128, "MAX_DELTA": 11, "MAX_TOP_K": 16, "MAX_BASE": 249}
+    defines = layout.as_defines()
+    assert wanted.items() <= defines.items()
+    assert all(type(value) is int for value in defines.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ((4000, 2048, 256, 6), "hidden_size 4000"),
+        ((4096, 0, 256, 6), "intermediate_size 0"),
+        ((4096, 2048, 0, 6), "num_experts 0"),
+        ((4096, 2048, 256, 17), "top_k 17 is outside"),
+        ((4096, 2048, 4, 6), "top_k 6 is above num_experts 4"),
+    ],
+    ids=str,
+)
+def test_check_shape_refuses(shape, sentence):
+    with pytest.raises(Refusal, match=sentence):
+        layout.check_shape(*shape)
+    layout.check_shape(4096, 2048, 256, 6)
