@@ -12,9 +12,12 @@ def _hopper_present() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**31)))  # here, because -q prints no header
+
+
 def pytest_report_header(config: pytest.Config) -> str:
-    seed = os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**31)))
-    return f"hopper-moe: TEST_SEED={seed} (set it to repeat a run)"
+    return f"hopper-moe: TEST_SEED={os.environ['TEST_SEED']} (set it to repeat a run)"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
