@@ -1,0 +1,101 @@
+"""Synthetic grade-school arithmetic word problems: a seeded generator with a held-out split by construction.
+
+Whether a question may be used for training depends on nothing but its own text: the first byte of its SHA-256 puts it
+into one of 256 buckets, and the buckets below `HELD_OUT_BUCKETS` belong to the held-out split. So no seed, no number
+of training steps and no later change of the trainer can ever train on a held-out question.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+HELD_OUT_BUCKETS = 32  # of 256: one question in eight is never trained on
+
+NAMES = "Ann Ben Cara Dan Eva Finn Gina Hugo Ida Jack Kim Leo Mia Noah Olga Paul".split()
+THINGS = "apples books cards coins eggs pens shells stamps stones toys".split()
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """One question with its worked solution.
+
+    `solution` is the calculation in words a model is trained to write ("7+5=12."), `answer` the integer result.
+    """
+
+    question: str
+    solution: str
+    answer: int
+    kind: str
+
+    @property
+    def held_out(self) -> bool:
+        return is_held_out(self.question)
+
+
+def is_held_out(question: str) -> bool:
+    """True if this exact question text belongs to the held-out split."""
+    return hashlib.sha256(question.encode()).digest()[0] < HELD_OUT_BUCKETS
+
+
+def _ask(name: str, things: str) -> str:
+    return f"How many {things} does {name} have now?"
+
+
+def _add(r: random.Random, largest: int) -> WordProblem:
+    name, things, a, b = r.choice(NAMES), r.choice(THINGS), r.randint(1, largest), r.randint(1, largest)
+    story = r.choice(["{n} has {a} {t} and buys {b} more.", "{n} had {a} {t} and found {b} more."])
+    return WordProblem(f"{story.format(n=name, a=a, b=b, t=things)} {_ask(name, things)}", f"{a}+{b}={a + b}.", a + b, "add")
+
+
+def _subtract(r: random.Random, largest: int) -> WordProblem:
+    name, things = r.choice(NAMES), r.choice(THINGS)
+    b, a = sorted((r.randint(1, largest), r.randint(1, largest)))
+    story = r.choice(["{n} has {a} {t} and loses {b}.", "{n} had {a} {t} and gave away {b}."])
+    return WordProblem(f"{story.format(n=name, a=a, b=b, t=things)} {_ask(name, things)}", f"{a}-{b}={a - b}.", a - b, "subtract")
+
+
+def _multiply(r: random.Random) -> WordProblem:
+    name, things, a, b = r.choice(NAMES), r.choice(THINGS), r.randint(2, 9), r.randint(2, 9)
+    question = f"{name} buys {a} boxes with {b} {things} in each box. {_ask(name, things)}"
+    return WordProblem(question, f"{a}*{b}={a * b}.", a * b, "multiply")
+
+
+def _two_steps(r: random.Random, largest: int) -> WordProblem:
+    name, things, a, b = r.choice(NAMES), r.choice(THINGS), r.randint(1, largest), r.randint(1, largest)
+    c = r.randint(1, a + b)
+    question = f"{name} has {a} {things}, buys {b} more and gives away {c}. {_ask(name, things)}"
+    return WordProblem(question, f"{a}+{b}={a + b}. {a + b}-{c}={a + b - c}.", a + b - c, "two steps")
+
+
+def draw(r: random.Random) -> WordProblem:
+    """One problem of the standard mix, of either split."""
+    x = r.random()
+    if x < 0.36:
+        return _add(r, 30)
+    if x < 0.68:
+        return _subtract(r, 30)
+    if x < 0.84:
+        return _multiply(r)
+    return _two_steps(r, 12)
+
+
+def problems(seed: int, *, held_out: bool) -> Iterator[WordProblem]:
+    """An endless seeded stream of problems of one split. The same seed gives the same stream on every machine."""
+    r = random.Random(seed)
+    while True:
+        p = draw(r)
+        if p.held_out == held_out:
+            yield p
+
+
+def question_set(seed: int, count: int) -> list[WordProblem]:
+    """`count` distinct held-out problems (no question twice), in stream order."""
+    found: dict[str, WordProblem] = {}
+    for p in problems(seed, held_out=True):
+        found.setdefault(p.question, p)
+        if len(found) == count:
+            return list(found.values())
+    raise AssertionError("unreachable: the stream is endless")
