@@ -1,0 +1,100 @@
+"""The few SGLang arguments that decide whether a launch can work. SGLang parses them all again; this only reads."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from hopper_moe.moe_backends.errors import Refusal
+
+BACKEND = "hopper_moe"
+
+# Features whose layers or batches the plugin does not handle: flag -> what to do instead.
+UNSUPPORTED_FLAGS = {
+    "--enable-lora": "serve the merged weights",
+    "--enable-two-batch-overlap": "leave it out, the kernel overlaps by itself",
+    "--enable-single-batch-overlap": "leave it out, the kernel overlaps by itself",
+    "--enforce-shared-experts-fusion": "leave it out, the shared expert runs beside the kernel",
+}
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """A launch as asked for. Sizes are numbers of ranks; `chunked_prefill_size` is per rank, None: SGLang's default."""
+
+    model: str
+    tp_size: int = 1
+    ep_size: int = 1
+    chunked_prefill_size: int | None = None
+    device: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 30000
+    sglang_args: tuple[str, ...] = ()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(f"arguments: {message}.")
+
+
+def _whole(low: int, high: int):
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in {low}..{high}")
+        return int(text)
+
+    return parse
+
+
+def _parser() -> _Parser:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model-path", "--model")
+    parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=_whole(1, 1024), default=1)
+    parser.add_argument("--ep-size", "--expert-parallel-size", "--ep", type=_whole(1, 1024))
+    parser.add_argument("--dp-size", "--data-parallel-size", "--dp", type=_whole(1, 1024), default=1)
+    parser.add_argument("--attn-dp-size", "--attention-data-parallel-size", type=_whole(1, 1024), default=1)
+    parser.add_argument("--enable-dp-attention", action="store_true")
+    parser.add_argument("--nnodes", type=_whole(1, 1024), default=1)
+    parser.add_argument("--chunked-prefill-size", type=_whole(-1, 1 << 24))
+    parser.add_argument("--moe-runner-backend", default=BACKEND)
+    parser.add_argument("--moe-a2a-backend")
+    parser.add_argument("--quantization")
+    parser.add_argument("--device", choices=("cuda", "cpu"))
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=_whole(1, 65535), default=30000)
+    for flag in UNSUPPORTED_FLAGS:
+        parser.add_argument(flag, action="store_true")
+    return parser
+
+
+def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
+    """Read a launch from `hopper-moe serve MODEL arguments...`; the list holds one sentence per argument we refuse."""
+    read, _ = _parser().parse_known_args(list(arguments))
+    problems = []
+    if read.model_path is not None:
+        problems.append(f"--model-path {read.model_path} is given beside MODEL {model}: name the model once.")
+    if read.moe_runner_backend != BACKEND:
+        problems.append(f"--moe-runner-backend {read.moe_runner_backend} is not this plugin: leave it out or use `sglang serve`.")
+    if read.moe_a2a_backend not in (None, "none", "megamoe"):
+        problems.append(f"--moe-a2a-backend {read.moe_a2a_backend} does not go with {BACKEND}: leave it out, the kernel moves the tokens itself.")
+    if read.quantization not in (None, "fp8"):
+        problems.append(f"--quantization {read.quantization} does not fit: DeepSeek-V4 checkpoints declare fp8, leave it out.")
+    if read.nnodes > 1:
+        problems.append(f"--nnodes {read.nnodes} needs a network between GPUs: this kernel works inside one node, use data or pipeline parallelism across nodes.")
+    for flag, instead in UNSUPPORTED_FLAGS.items():
+        if getattr(read, flag.lstrip("-").replace("-", "_")):
+            problems.append(f"{flag} does not go with {BACKEND}: {instead}.")
+    ep_size = read.ep_size if read.ep_size is not None else 1
+    if read.tp_size % ep_size:
+        problems.append(f"--ep-size {ep_size} does not divide --tp-size {read.tp_size}: use {read.tp_size} or leave it out.")
+    attn_dp = max(read.attn_dp_size, read.dp_size if read.enable_dp_attention else 1)
+    if read.tp_size % attn_dp:
+        problems.append(f"{attn_dp} attention data-parallel ranks do not divide --tp-size {read.tp_size}: use a divisor.")
+    chunk = read.chunked_prefill_size
+    if chunk == 0:
+        problems.append("--chunked-prefill-size 0 means nothing: give a number of tokens, or -1 to switch it off.")
+    per_rank = None if chunk is None or chunk <= 0 else -(-chunk // attn_dp)
+    plan = LaunchPlan(model, read.tp_size, ep_size, per_rank, read.device, read.host, read.port, tuple(arguments))
+    return plan, problems
