@@ -1,6 +1,7 @@
 """Number formats in plain torch: E2M1, UE8M0, E4M3, and the quantisers of `kernels/CONTRACT.md`. CPU and CUDA, torch >= 2.8.
 
-E2M1: bit 3 sign, magnitudes 0 .5 1 1.5 2 3 4 6; two values a byte, low nibble = even index. UE8M0: byte s is 2**(s - 127), 255 is NaN.
+E2M1: bit 3 sign, magnitudes 0 .5 1 1.5 2 3 4 6; two values a byte, low nibble = even index. UE8M0: byte s is 2**(s - 127), 255 is
+NaN.
 """
 
 import torch
@@ -14,7 +15,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype is torch.uint8:
         return tensor
     if tensor.element_size() != 1:
-        raise Refusal(f"a tensor of {tensor.dtype} was given where one byte per element is needed: use int8, uint8 or float8_e8m0fnu.")
+        raise Refusal(f"a tensor of {tensor.dtype} was given where bytes are needed: use int8, uint8 or float8_e8m0fnu.")
     return tensor.view(torch.uint8)
 
 
@@ -22,7 +23,9 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def encode_e2m1(values: torch.Tensor) -> torch.Tensor:
-    """Nearest E2M1 code (uint8 0..15) of each value, ties to the even code, magnitudes above 6 become 6; the sign of zero is kept."""
+    """Nearest E2M1 code (uint8 0..15) of each value, ties to the even code, magnitudes above 6 become 6; the sign of zero is
+    kept.
+    """
     magnitudes = torch.tensor(layout.E2M1_VALUES, dtype=torch.float64, device=values.device)
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
     exact = values.abs().double()
@@ -70,9 +73,8 @@ def ceil_exponent(values: torch.Tensor) -> torch.Tensor:
 def encode_ue8m0(exponents: torch.Tensor) -> torch.Tensor:
     """Integer exponents -127..127 -> UE8M0 bytes. Raises Refusal outside that range."""
     if exponents.numel() and (int(exponents.min()) < -127 or int(exponents.max()) > 127):
-        raise Refusal(
-            f"scale exponents {int(exponents.min())}..{int(exponents.max())} leave the UE8M0 range -127..127: rescale the tensor first."
-        )
+        found = f"{int(exponents.min())}..{int(exponents.max())}"
+        raise Refusal(f"scale exponents {found} leave the UE8M0 range -127..127: rescale the tensor first.")
     return (exponents + layout.UE8M0_BIAS).to(torch.uint8)
 
 
@@ -87,7 +89,8 @@ def encode_e4m3(values: torch.Tensor) -> torch.Tensor:
 def quantize_activations(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`quant_e4m3` of the contract: x [..., N] of any float type -> (float8_e4m3fn [..., N], FP32 scale [..., ceil(N/group)]).
 
-    All in FP32 with IEEE rounding: amax = max(max|v|, 2**-100); scale = amax / 448; q = e4m3(v * (448 / amax)). The last group may be short.
+    All in FP32 with IEEE rounding: amax = max(max|v|, 2**-100); scale = amax / 448; q = e4m3(v * (448 / amax)). The last group
+    may be short.
     """
     num_features = x.shape[-1]
     num_groups = -(-num_features // group)
@@ -117,10 +120,11 @@ def dequantize_mxfp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dty
 
 
 def quantize_mxfp4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """w [..., K] of any float type -> (uint8 [..., K/2], UE8M0 bytes uint8 [..., K/32]). Refuses K % 32 != 0 and values that are not finite.
+    """w [..., K] of any float type -> (uint8 [..., K/2], UE8M0 bytes uint8 [..., K/32]). Refuses K % 32 != 0 and values that are
+    not finite.
 
-    Per group of 32 the exponent is ceil(log2(amax/6)) or one less, whichever gives the smaller squared error (the lower one clips to 6).
-    A group of zeros takes the largest scale of its row, so that it does not widen the row's span of scales.
+    Per group of 32 the exponent is ceil(log2(amax/6)) or one less, whichever gives the smaller squared error (the lower one clips
+    to 6). A group of zeros takes the largest scale of its row, so that it does not widen the row's span of scales.
     """
     if w.shape[-1] % layout.MXFP4_GROUP:
         raise Refusal(f"{w.shape[-1]} columns are not a multiple of {layout.MXFP4_GROUP}, the MXFP4 group: pad the tensor first.")
@@ -152,7 +156,7 @@ def quantize_mxfp4_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     Per group of 32: exponent = ceil(log2(max(amax, 2**-100) / 6)), so nothing clips; values to nearest, ties to even.
     """
     if x.shape[-1] % layout.MXFP4_GROUP:
-        raise Refusal(f"{x.shape[-1]} features are not a multiple of {layout.MXFP4_GROUP}, the FP4 activation group: use FP8 dispatch.")
+        raise Refusal(f"{x.shape[-1]} features are not a multiple of {layout.MXFP4_GROUP}, the FP4 group: use FP8 dispatch.")
     grouped = x.double().unflatten(-1, (-1, layout.MXFP4_GROUP))
     amax = grouped.abs().amax(-1).clamp_min(2.0**layout.AMAX_FLOOR_EXPONENT)
     exponents = ceil_exponent(amax / layout.E2M1_VALUES[-1])
@@ -164,7 +168,9 @@ def quantize_mxfp4_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def quantize_fp8_blocks(w: torch.Tensor, block: int = layout.FP8_BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
-    """w [N, K] -> (float8_e4m3fn [N, K], UE8M0 bytes [ceil(N/block), ceil(K/block)]); exponent = ceil(log2(amax/448)), nothing clips."""
+    """w [N, K] -> (float8_e4m3fn [N, K], UE8M0 bytes [ceil(N/block), ceil(K/block)]); exponent = ceil(log2(amax/448)), nothing
+    clips.
+    """
     if not bool(torch.isfinite(w).all()):
         raise Refusal("a weight to quantise is NaN or infinite: repair the tensor first.")
     num_rows, num_cols = w.shape

@@ -1,4 +1,4 @@
-"""Which rows of a layer's experts the packed format holds exactly (`kernels/CONTRACT.md` section 3, "Exactness"). Reads scales only."""
+"""Which rows of a layer's experts the packed format holds exactly (`kernels/CONTRACT.md` section 3). Reads scales only."""
 
 from dataclasses import dataclass
 
@@ -23,16 +23,18 @@ class InexactExpert:
 
     def sentence(self, name: str) -> str:
         """What is wrong, worst first; `name` says which tensor of which layer."""
+        where = f"{name} expert {self.expert}"
         if self.num_nan:
-            return f"{name} expert {self.expert}: {self.num_nan} scale bytes are {layout.UE8M0_NAN} (NaN); the checkpoint is damaged, fetch it again."
+            return f"{where}: {self.num_nan} scale bytes are {layout.UE8M0_NAN} (NaN); the checkpoint is damaged, fetch it again."
         if self.num_wide_rows:
-            return (
-                f"{name} expert {self.expert}: the scales of {self.num_wide_rows} rows span up to {self.worst_span} powers of two, above the "
-                f"{layout.MAX_DELTA} that the packed FP4 format holds exactly; serve this layer with HOPPER_MOE_KERNEL=reference or w4a16."
-            )
+            found = f"the scales of {self.num_wide_rows} rows span up to {self.worst_span} powers of two"
+            limit = layout.MAX_DELTA
+        else:
+            found = f"the smallest scale byte of {self.num_large_rows} rows is up to {self.worst_base}"
+            limit = layout.MAX_BASE
         return (
-            f"{name} expert {self.expert}: the smallest scale byte of {self.num_large_rows} rows is up to {self.worst_base}, above the "
-            f"{layout.MAX_BASE} that the packed FP4 format holds exactly; serve this layer with HOPPER_MOE_KERNEL=reference or w4a16."
+            f"{where}: {found}, above the {limit} that the packed FP4 format holds exactly; "
+            "serve this layer with HOPPER_MOE_KERNEL=reference or w4a16."
         )
 
 
@@ -59,18 +61,23 @@ class ExactnessReport:
         return sum(found.num_wide_rows + found.num_large_rows for found in self.inexact)
 
     def require_exact(self, layer: str = "") -> None:
-        """Raises Refusal naming the first bad expert and the totals; does nothing if every row is exact. `layer` prefixes the tensor name."""
+        """Raises Refusal naming the first bad expert and the totals; does nothing if every row is exact. `layer` prefixes the
+        tensor name.
+        """
         if self.is_exact:
             return
         first = next((found for found in self.inexact if found.num_nan), self.inexact[0])
         sentence = first.sentence(f"{layer}.{first.tensor}" if layer else first.tensor)
         others = len(self.inexact) - 1
-        more = f" ({others} more expert matrices are affected, {self.num_inexact_rows} of {self.num_rows} rows in all)" if others else ""
+        rows = f"{self.num_inexact_rows} of {self.num_rows} rows in all"
+        more = f" ({others} more expert matrices are affected, {rows})" if others else ""
         raise Refusal(sentence.removesuffix(".") + more + ".")
 
 
 def check_exact(w13_scale: torch.Tensor, w2_scale: torch.Tensor) -> ExactnessReport:
-    """Looks at every scale byte of a layer: uint8 or float8_e8m0fnu [E, rows, groups]. One device synchronisation per matrix and layer."""
+    """Looks at every scale byte of a layer: uint8 or float8_e8m0fnu [E, rows, groups]. One device synchronisation per matrix and
+    layer.
+    """
     inexact: list[InexactExpert] = []
     num_rows = worst_span = 0
     for tensor, scale in (("w13", w13_scale), ("w2", w2_scale)):

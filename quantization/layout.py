@@ -1,7 +1,8 @@
 """Every constant of `kernels/CONTRACT.md`, once.
 
-The CUDA sources get the integer constants as `-D` defines (`as_defines`), the Python sources import them from here. Sizes are in elements
-unless the name says bytes. This module imports neither torch nor anything else that is slow, so that the command line can use it.
+The CUDA sources get the integer constants as `-D` defines (`as_defines`), the Python sources import them from here. Sizes are in
+elements unless the name says bytes. This module imports neither torch nor anything else that is slow, so that the command line
+can use it.
 """
 
 from hopper_moe.moe_backends.errors import Refusal
@@ -70,8 +71,9 @@ def w2_packed_shape(num_experts: int, hidden_size: int, intermediate_size: int) 
 
 def packed_expert_bytes(hidden_size: int, intermediate_size: int) -> int:
     """Bytes of one packed expert: units of both matrices plus one base byte a row."""
-    units = (2 * intermediate_size // UNIT_ROWS) * (hidden_size // UNIT_K) + (hidden_size // UNIT_ROWS) * (intermediate_size // UNIT_K)
-    return units * UNIT_BYTES + 2 * intermediate_size + hidden_size
+    units_w13 = (2 * intermediate_size // UNIT_ROWS) * (hidden_size // UNIT_K)
+    units_w2 = (hidden_size // UNIT_ROWS) * (intermediate_size // UNIT_K)
+    return (units_w13 + units_w2) * UNIT_BYTES + 2 * intermediate_size + hidden_size
 
 
 def check_dims(hidden_size: int, intermediate_size: int) -> None:
@@ -90,6 +92,6 @@ def check_shape(hidden_size: int, intermediate_size: int, num_experts: int, top_
     if num_experts < 1:
         raise Refusal(f"num_experts {num_experts} is below 1: give the number of routed experts of the layer.")
     if not 1 <= top_k <= MAX_TOP_K:
-        raise Refusal(f"top_k {top_k} is outside 1..{MAX_TOP_K}, the limit of the fused kernel: serve this model with another MoE backend.")
+        raise Refusal(f"top_k {top_k} is outside 1..{MAX_TOP_K}, the limit of the fused kernel: use another MoE backend.")
     if top_k > num_experts:
         raise Refusal(f"top_k {top_k} is above num_experts {num_experts}: a token cannot choose more experts than there are.")

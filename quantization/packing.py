@@ -1,7 +1,8 @@
-"""Checkpoint MXFP4 experts <-> packed weights in fragment order (`kernels/CONTRACT.md` section 3). CPU and CUDA, bit for bit, one expert at a time.
+"""Checkpoint MXFP4 experts <-> packed weights in fragment order (`kernels/CONTRACT.md` section 3). CPU and CUDA, bit for bit, one
+expert at a time.
 
-The packed bytes of an expert are as many as its checkpoint bytes plus one base byte a row; nothing is rounded on the way. Rows that the
-format cannot hold exactly are found first (`check_exact`) and refused.
+The packed bytes of an expert are as many as its checkpoint bytes plus one base byte a row; nothing is rounded on the way. Rows
+that the format cannot hold exactly are found first (`check_exact`) and refused.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class PackedExperts:
             tensor = getattr(self, name)
             if tensor.dtype is not torch.uint8 or tuple(tensor.shape) != shape or not tensor.is_contiguous():
                 raise Refusal(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)}, not a contiguous torch.uint8 {list(shape)}: make it with pack_experts."
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}, not a contiguous torch.uint8 {list(shape)}: "
+                    "make it with pack_experts."
                 )
 
     @property
@@ -64,7 +66,9 @@ class PackedExperts:
 
     @classmethod
     def empty(cls, num_experts: int, hidden_size: int, intermediate_size: int, device: torch.device | str) -> "PackedExperts":
-        """Uninitialised tensors of the right shapes, to be filled with `pack_expert_into`. Refuses sizes that are no multiple of 128."""
+        """Uninitialised tensors of the right shapes, to be filled with `pack_expert_into`. Refuses sizes that are no multiple of
+        128.
+        """
         layout.check_dims(hidden_size, intermediate_size)
 
         def bytes_of(*shape: int) -> torch.Tensor:
@@ -79,7 +83,9 @@ class PackedExperts:
 
 
 def interleave_rows(intermediate_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """int64 [2I]: for each packed row of w13 the checkpoint row in `[w1; w3]` that it holds (contract: rows in eights, gate first)."""
+    """int64 [2I]: for each packed row of w13 the checkpoint row in `[w1; w3]` that it holds (contract: rows in eights, gate
+    first).
+    """
     packed_row = torch.arange(2 * intermediate_size, device=device)
     eight = layout.GATE_UP_INTERLEAVE
     feature = packed_row // (2 * eight) * eight + packed_row % eight
@@ -129,7 +135,9 @@ def unpack_matrix(packed: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _interleave_words(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Four codes of a and of b (int16, nibble j = code j) -> one int32 word: magnitudes in place, sign of a_j at bit 8j+7, of b_j at 8j+3."""
+    """Four codes of a and of b (int16, nibble j = code j) -> one int32 word: magnitudes in place, sign of a_j at bit 8j+7, of b_j
+    at 8j+3.
+    """
     a, b = a.to(torch.int32), b.to(torch.int32)
     word = (a & 0x7777) | ((b & 0x7777) << 16)
     for j in range(4):
@@ -153,7 +161,9 @@ def _separate_words(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def pack_expert_into(
     packed: PackedExperts, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
 ) -> None:
-    """Packs one expert's checkpoint tensors (no expert dim, rows `[w1; w3]`) into slot `expert`. Exactness is the caller's to check."""
+    """Packs one expert's checkpoint tensors (no expert dim, rows `[w1; w3]`) into slot `expert`. Exactness is the caller's to
+    check.
+    """
     rows = interleave_rows(packed.intermediate_size, w13.device)
     tiles, base = pack_matrix(as_bytes(w13)[rows], as_bytes(w13_scale)[rows])
     packed.w13_packed[expert].copy_(tiles)
@@ -172,11 +182,15 @@ def unpack_expert(packed: PackedExperts, expert: int) -> tuple[torch.Tensor, tor
     return (w13, w13_scale, *unpack_matrix(packed.w2_packed[expert], packed.w2_base[expert]))
 
 
-def check_checkpoint_shapes(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> tuple[int, int, int]:
-    """(num_experts, hidden_size, intermediate_size) of a layer's checkpoint tensors. Raises Refusal if they do not belong together."""
+def check_checkpoint_shapes(
+    w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
+) -> tuple[int, int, int]:
+    """(num_experts, hidden_size, intermediate_size) of a layer's checkpoint tensors. Raises Refusal if they do not belong
+    together.
+    """
     for name, tensor in (("w13", w13), ("w13_scale", w13_scale), ("w2", w2), ("w2_scale", w2_scale)):
         if tensor.dim() != 3:
-            raise Refusal(f"{name} has shape {list(tensor.shape)}, not three dimensions [experts, rows, columns]: stack the experts.")
+            raise Refusal(f"{name} has shape {list(tensor.shape)}, not [experts, rows, columns]: stack the experts.")
         as_bytes(tensor)
     num_experts, hidden_size, intermediate_size = w13.shape[0], w13.shape[2] * 2, w13.shape[1] // 2
     group = layout.MXFP4_GROUP
@@ -189,8 +203,8 @@ def check_checkpoint_shapes(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torc
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
             raise Refusal(
-                f"{name} has shape {list(tensor.shape)}, but {num_experts} experts of hidden_size {hidden_size} and intermediate_size "
-                f"{intermediate_size} (read from w13) need {list(shape)}: check the checkpoint."
+                f"{name} has shape {list(tensor.shape)}, but {num_experts} experts of hidden_size {hidden_size} and "
+                f"intermediate_size {intermediate_size} (read from w13) need {list(shape)}: check the checkpoint."
             )
     return num_experts, hidden_size, intermediate_size
 
@@ -198,8 +212,9 @@ def check_checkpoint_shapes(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torc
 def pack_experts(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> PackedExperts:
     """Packs a layer's checkpoint tensors; they are left as they are.
 
-    w13 int8 or uint8 [E, 2I, H/2] (rows `[w1; w3]`), w13_scale uint8 or float8_e8m0fnu [E, 2I, H/32], w2 [E, H, I/2], w2_scale [E, H, I/32].
-    Raises Refusal for wrong shapes, for sizes that are no multiple of 128, and for rows that the packed format cannot hold exactly.
+    w13 int8 or uint8 [E, 2I, H/2] (rows `[w1; w3]`), w13_scale uint8 or float8_e8m0fnu [E, 2I, H/32], w2 [E, H, I/2], w2_scale
+    [E, H, I/32]. Raises Refusal for wrong shapes, for sizes that are no multiple of 128, and for rows that the packed format
+    cannot hold exactly.
     """
     num_experts, hidden_size, intermediate_size = check_checkpoint_shapes(w13, w13_scale, w2, w2_scale)
     layout.check_dims(hidden_size, intermediate_size)
