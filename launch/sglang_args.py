@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from hopper_moe.moe_backends.errors import Refusal
@@ -32,6 +32,17 @@ class LaunchPlan:
     host: str = "127.0.0.1"
     port: int = 30000
     sglang_args: tuple[str, ...] = ()
+
+    def on_one_process(self) -> LaunchPlan:
+        """The same launch on the embedded CPU host: one rank, no prefill chunks."""
+        return replace(self, tp_size=1, ep_size=1, chunked_prefill_size=None)
+
+    def not_for_cpu(self) -> list[str]:
+        """Arguments of this launch that mean nothing to the embedded CPU host."""
+        host = _Parser(add_help=False, allow_abbrev=False)
+        for name in ("--host", "--port", "--device", "--moe-runner-backend"):
+            host.add_argument(name)
+        return host.parse_known_args(list(self.sglang_args))[1]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,6 +106,6 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
     chunk = read.chunked_prefill_size
     if chunk == 0:
         problems.append("--chunked-prefill-size 0 means nothing: give a number of tokens, or -1 to switch it off.")
-    per_rank = None if chunk is None or chunk <= 0 else -(-chunk // attn_dp)
+    per_rank = None if chunk is None or chunk <= 0 else max(1, chunk // attn_dp)  # as SGLang divides it
     plan = LaunchPlan(model, read.tp_size, ep_size, per_rank, read.device, read.host, read.port, tuple(arguments))
     return plan, problems

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hopper_moe.moe_backends.env import Settings
 from hopper_moe.moe_backends.env_table import AUTO, KERNELS
 from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.layout import DIM_MULTIPLE, MAX_TOP_K
 
 if TYPE_CHECKING:
     from hopper_moe.moe_backends.base import ExpertRunner
@@ -32,8 +33,8 @@ class KernelSpec:
     factory: str | None
     expert_dtype: str  # "fp4" or "fp8": the checkpoint's expert weights
     capability: tuple[int, int] | None = None  # exact compute capability; None: any device, CPU included
-    size_multiple: int = 128  # of hidden_size and intermediate_size
-    max_top_k: int = 16
+    size_multiple: int = DIM_MULTIPLE  # of hidden_size and intermediate_size
+    max_top_k: int = MAX_TOP_K
     options: frozenset[str] = frozenset()  # optional settings it implements: fp8_combine, fp4_dispatch
 
 

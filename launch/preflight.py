@@ -1,0 +1,111 @@
+"""Everything about a launch that can be known before weights load: one report, and one sentence per reason to refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hopper_moe.launch.machine import GIB, HOPPER, Machine
+from hopper_moe.launch.model_facts import ModelFacts
+from hopper_moe.launch.sglang_args import LaunchPlan
+from hopper_moe.moe_backends.env import Settings
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.registry import Choice, LayerShape, choose, layer_refusals
+
+RESERVE_BYTES = 4 * GIB  # CUDA context, NCCL, graphs and the smallest useful KV cache: below this SGLang fails after loading
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of the checks: lines for the log, and sentences that each stop the launch."""
+
+    choice: Choice | None
+    lines: tuple[str, ...]
+    refusals: tuple[str, ...]
+
+    def require(self) -> None:
+        """Raise `Refusal` with every sentence, one per line, unless there is none."""
+        if self.refusals:
+            raise Refusal("\n".join(self.refusals))
+
+
+def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Settings) -> Report:
+    """Check a launch against machine, model and settings. Pure: takes no memory and starts nothing."""
+    try:
+        choice = choose(settings, machine.capability)
+    except Refusal as refusal:
+        return Report(None, (), (str(refusal),))
+    shape, shape_refusals = _rank_shape(plan, facts, choice)
+    refusals = shape_refusals + layer_refusals(choice.spec, shape)
+    refusals += _gpu_refusals(plan, machine, choice)
+    refusals += _capacity_refusals(plan, settings)
+    lines = [
+        f"model    {facts.architecture}: {facts.num_moe_layers} MoE layers, hidden {facts.hidden_size}, "
+        f"intermediate {facts.intermediate_size}, {facts.num_experts} experts, top {facts.top_k}, "
+        f"{facts.expert_dtype} experts, swiglu_limit {facts.swiglu_limit}",
+        f"kernel   {choice.spec.name}: {choice.reason}",
+        f"ranks    tensor parallel {plan.tp_size}, expert parallel {shape.ep_size}",
+    ]
+    if not refusals:
+        expert_bytes = expert_bytes_per_rank(facts, shape.ep_size, shape.intermediate_size)
+        lines.append(f"memory   {expert_bytes / GIB:.2f} GiB of packed expert weights per rank")
+        refusals += _memory_refusals(plan, machine, expert_bytes)
+    return Report(choice, tuple(lines), tuple(refusals))
+
+
+def expert_bytes_per_rank(facts: ModelFacts, ep_size: int, intermediate_size: int) -> int:
+    """Bytes of one rank's packed experts over all MoE layers (drafts included)."""
+    from hopper_moe.quantization.layout import packed_expert_bytes
+
+    return facts.num_moe_layers * (facts.num_experts // ep_size) * packed_expert_bytes(facts.hidden_size, intermediate_size)
+
+
+def _rank_shape(plan: LaunchPlan, facts: ModelFacts, choice: Choice) -> tuple[LayerShape, list[str]]:
+    """What one rank holds. The fused kernels spread experts over all ranks; the others follow --ep-size and split the rest by rows."""
+    refusals = []
+    fused = choice.spec.name.endswith("_mega")
+    if fused and plan.ep_size not in (1, plan.tp_size):
+        refusals.append(f"--ep-size {plan.ep_size}: {choice.spec.name} spreads experts over all {plan.tp_size} ranks, leave it out.")
+    ep_size = plan.tp_size if fused else plan.ep_size
+    moe_tp = plan.tp_size // ep_size
+    if moe_tp > 1 and facts.intermediate_size % moe_tp:
+        refusals.append(f"intermediate size {facts.intermediate_size} does not divide by {moe_tp} tensor-parallel ranks: use --ep-size {plan.tp_size}.")
+    # Without weights at hand (a Hugging Face id) the type is known only to SGLang's loader, which asks the kernel again.
+    dtype = choice.spec.expert_dtype if facts.expert_dtype == "unknown" else facts.expert_dtype
+    shape = LayerShape(facts.hidden_size, facts.intermediate_size // moe_tp, facts.num_experts, facts.top_k, dtype, ep_size)
+    return shape, refusals
+
+
+def _gpu_refusals(plan: LaunchPlan, machine: Machine, choice: Choice) -> list[str]:
+    if choice.spec.capability is None and not machine.gpus:
+        return []
+    if plan.tp_size > len(machine.gpus):
+        return [f"--tp-size {plan.tp_size} needs {plan.tp_size} GPUs, but {len(machine.gpus)} are visible: lower it or set CUDA_VISIBLE_DEVICES."]
+    used = machine.gpus[: plan.tp_size]
+    others = [f"GPU {gpu.index} ({gpu.name}, {gpu.capability[0]}.{gpu.capability[1]})" for gpu in used if gpu.capability != HOPPER]
+    refusals = []
+    if choice.spec.capability == HOPPER and others:
+        refusals.append(f"{choice.spec.name} needs Hopper GPUs only, but there is {', '.join(others)}: hide it with CUDA_VISIBLE_DEVICES.")
+    blocked = [pair for pair in machine.blocked_peers if max(pair) < plan.tp_size]
+    if choice.spec.name.endswith("_mega") and blocked:
+        pairs = ", ".join(f"{i}->{j}" for i, j in blocked)
+        refusals.append(f"GPUs {pairs} cannot address each other's memory, which {choice.spec.name} needs: use GPUs of one NVLink domain.")
+    return refusals
+
+
+def _capacity_refusals(plan: LaunchPlan, settings: Settings) -> list[str]:
+    capacity, chunk = settings.max_tokens_per_rank, plan.chunked_prefill_size
+    if capacity is None or chunk is None or capacity >= chunk:
+        return []
+    return [
+        f"HOPPER_MOE_MAX_TOKENS_PER_RANK={capacity} is below the {chunk} tokens that --chunked-prefill-size gives a rank: "
+        f"raise it to {chunk} or unset it."
+    ]
+
+
+def _memory_refusals(plan: LaunchPlan, machine: Machine, expert_bytes: int) -> list[str]:
+    short = [gpu for gpu in machine.gpus[: plan.tp_size] if expert_bytes + RESERVE_BYTES > gpu.free_bytes]
+    return [
+        f"GPU {gpu.index} has {gpu.free_bytes / GIB:.1f} GiB free, but the experts alone need {expert_bytes / GIB:.1f} GiB and "
+        f"{RESERVE_BYTES // GIB} GiB must stay free: use more GPUs (--tp-size) or end what runs there."
+        for gpu in short
+    ]
