@@ -43,6 +43,7 @@ class Settings:
     max_tokens_per_rank: int | None
     fp8_combine: bool
     fp4_dispatch: bool
+    inexact_rows: str
     timeout_s: int
     cache_dir: Path
     allowed_kernels: tuple[str, ...]

@@ -47,6 +47,12 @@ def _parse_kernel(name: str, text: str) -> str:
     return text
 
 
+def _parse_inexact_rows(name: str, text: str) -> str:
+    if text not in ("refuse", "reference"):
+        raise Refusal(f"{name}={text!r} is not a rule for inexact rows: use refuse or reference.")
+    return text
+
+
 def _parse_cache_dir(name: str, text: str) -> Path:
     path = Path(os.path.expanduser(text))
     if not path.is_absolute():
@@ -110,6 +116,13 @@ VARIABLES: tuple[Variable, ...] = (
         parse_bool,
         lambda: False,
         "DG_USE_FP4_ACTS",
+    ),
+    Variable(
+        "inexact_rows",
+        "refuse | reference",
+        "a layer with rows that the packed FP4 format cannot hold exactly: refuse it, or run it on the exact reference (slow)",
+        _parse_inexact_rows,
+        lambda: "refuse",
     ),
     Variable(
         "timeout_s",

@@ -36,6 +36,8 @@ class KernelSpec:
     size_multiple: int = DIM_MULTIPLE  # of hidden_size and intermediate_size
     max_top_k: int = MAX_TOP_K
     options: frozenset[str] = frozenset()  # optional settings it implements: fp8_combine, fp4_dispatch
+    multi_rank: bool = False  # its runner has `run_across_ranks`: it moves tokens between expert-parallel ranks itself
+    capturable: bool = True  # may be captured in a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ _SPECS = (
         "FP4 experts in plain torch, FP64 sums: any device, slow, what the kernels are checked against",
         "hopper_moe.moe_backends.runners.reference:create",
         "fp4",
+        multi_rank=True,
+        capturable=False,
     ),
 )
 REGISTRY: dict[str, KernelSpec] = {spec.name: spec for spec in _SPECS}
