@@ -18,6 +18,7 @@ class Gpu:
     memory_bytes: int
     free_bytes: int
     num_sms: int
+    num_nvlinks: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,15 @@ def detect() -> Machine:
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         gpus.append(
-            Gpu(index, properties.name, (properties.major, properties.minor), total, free, properties.multi_processor_count)
+            Gpu(
+                index,
+                properties.name,
+                (properties.major, properties.minor),
+                total,
+                free,
+                properties.multi_processor_count,
+                active_nvlinks(str(properties.uuid)),
+            )
         )
     blocked = tuple(
         (i, j) for i in range(count) for j in range(count) if i != j and not torch.cuda.can_device_access_peer(i, j)
@@ -67,7 +76,24 @@ def driver_version() -> str | None:
     except pynvml.NVMLError:
         return None
     try:
-        version = pynvml.nvmlSystemGetDriverVersion()
+        return pynvml.nvmlSystemGetDriverVersion()
     finally:
         pynvml.nvmlShutdown()
-    return version.decode() if isinstance(version, bytes) else version
+
+
+def active_nvlinks(uuid: str) -> int:
+    """Number of NVLink links that are up on the GPU with this UUID (as torch gives it); 0 also where there is no NVLink."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        links = 0
+        for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+            try:
+                links += pynvml.nvmlDeviceGetNvLinkState(handle, link) == pynvml.NVML_FEATURE_ENABLED
+            except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_InvalidArgument):
+                break  # past this GPU's last link
+        return links
+    finally:
+        pynvml.nvmlShutdown()
