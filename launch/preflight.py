@@ -37,7 +37,7 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
     shape, shape_refusals = _rank_shape(plan, facts, choice)
     refusals = shape_refusals + layer_refusals(choice.spec, shape)
     refusals += _gpu_refusals(plan, machine, choice)
-    refusals += _capacity_refusals(plan, settings)
+    refusals += _capacity_refusals(plan, settings) if _exchanges(plan, choice) else []
     lines = [
         f"model    {facts.architecture}: {facts.num_moe_layers} MoE layers, hidden {facts.hidden_size}, "
         f"intermediate {facts.intermediate_size}, {facts.num_experts} experts, top {facts.top_k}, "
@@ -59,13 +59,20 @@ def expert_bytes_per_rank(facts: ModelFacts, ep_size: int, intermediate_size: in
     return facts.num_moe_layers * (facts.num_experts // ep_size) * packed_expert_bytes(facts.hidden_size, intermediate_size)
 
 
+def _exchanges(plan: LaunchPlan, choice: Choice) -> bool:
+    """Whether the kernel itself moves tokens between ranks (then experts spread over all ranks), as the plugin will decide it."""
+    return plan.moe_a2a_backend == "megamoe" or (choice.spec.multi_rank and plan.attn_dp_size > 1)
+
+
 def _rank_shape(plan: LaunchPlan, facts: ModelFacts, choice: Choice) -> tuple[LayerShape, list[str]]:
-    """What one rank holds. The fused kernels spread experts over all ranks; the others follow --ep-size and split the rest by rows."""
+    """What one rank holds. A kernel that exchanges tokens spreads experts over all ranks; otherwise --ep-size counts."""
     refusals = []
-    fused = choice.spec.name.endswith("_mega")
-    if fused and plan.ep_size not in (1, plan.tp_size):
+    exchanges = _exchanges(plan, choice)
+    if exchanges and plan.tp_size > 1 and not choice.spec.multi_rank:
+        refusals.append(f"--moe-a2a-backend megamoe: {choice.spec.name} exchanges no tokens between ranks in this release, leave it out.")
+    if exchanges and plan.ep_size not in (1, plan.tp_size):
         refusals.append(f"--ep-size {plan.ep_size}: {choice.spec.name} spreads experts over all {plan.tp_size} ranks, leave it out.")
-    ep_size = plan.tp_size if fused else plan.ep_size
+    ep_size = plan.tp_size if exchanges else plan.ep_size
     moe_tp = plan.tp_size // ep_size
     if moe_tp > 1 and facts.intermediate_size % moe_tp:
         refusals.append(f"intermediate size {facts.intermediate_size} does not divide by {moe_tp} tensor-parallel ranks: use --ep-size {plan.tp_size}.")
@@ -86,7 +93,7 @@ def _gpu_refusals(plan: LaunchPlan, machine: Machine, choice: Choice) -> list[st
     if choice.spec.capability == HOPPER and others:
         refusals.append(f"{choice.spec.name} needs Hopper GPUs only, but there is {', '.join(others)}: hide it with CUDA_VISIBLE_DEVICES.")
     blocked = [pair for pair in machine.blocked_peers if max(pair) < plan.tp_size]
-    if choice.spec.name.endswith("_mega") and blocked:
+    if _exchanges(plan, choice) and blocked:
         pairs = ", ".join(f"{i}->{j}" for i, j in blocked)
         refusals.append(f"GPUs {pairs} cannot address each other's memory, which {choice.spec.name} needs: use GPUs of one NVLink domain.")
     return refusals

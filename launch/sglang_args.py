@@ -27,6 +27,8 @@ class LaunchPlan:
     model: str
     tp_size: int = 1
     ep_size: int = 1
+    attn_dp_size: int = 1
+    moe_a2a_backend: str = "none"
     chunked_prefill_size: int | None = None
     device: str | None = None
     host: str = "127.0.0.1"
@@ -35,7 +37,7 @@ class LaunchPlan:
 
     def on_one_process(self) -> LaunchPlan:
         """The same launch on the embedded CPU host: one rank, no prefill chunks."""
-        return replace(self, tp_size=1, ep_size=1, chunked_prefill_size=None)
+        return replace(self, tp_size=1, ep_size=1, attn_dp_size=1, moe_a2a_backend="none", chunked_prefill_size=None)
 
     def not_for_cpu(self) -> list[str]:
         """Arguments of this launch that mean nothing to the embedded CPU host."""
@@ -70,7 +72,7 @@ def _parser() -> _Parser:
     parser.add_argument("--nnodes", type=_whole(1, 1024), default=1)
     parser.add_argument("--chunked-prefill-size", type=_whole(-1, 1 << 24))
     parser.add_argument("--moe-runner-backend", default=BACKEND)
-    parser.add_argument("--moe-a2a-backend")
+    parser.add_argument("--moe-a2a-backend", default="none")
     parser.add_argument("--quantization")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--host", default="127.0.0.1")
@@ -88,7 +90,7 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
         problems.append(f"--model-path {read.model_path} is given beside MODEL {model}: name the model once.")
     if read.moe_runner_backend != BACKEND:
         problems.append(f"--moe-runner-backend {read.moe_runner_backend} is not this plugin: leave it out or use `sglang serve`.")
-    if read.moe_a2a_backend not in (None, "none", "megamoe"):
+    if read.moe_a2a_backend not in ("none", "megamoe"):
         problems.append(f"--moe-a2a-backend {read.moe_a2a_backend} does not go with {BACKEND}: leave it out, the kernel moves the tokens itself.")
     if read.quantization not in (None, "fp8"):
         problems.append(f"--quantization {read.quantization} does not fit: DeepSeek-V4 checkpoints declare fp8, leave it out.")
@@ -107,5 +109,16 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
     if chunk == 0:
         problems.append("--chunked-prefill-size 0 means nothing: give a number of tokens, or -1 to switch it off.")
     per_rank = None if chunk is None or chunk <= 0 else max(1, chunk // attn_dp)  # as SGLang divides it
-    plan = LaunchPlan(model, read.tp_size, ep_size, per_rank, read.device, read.host, read.port, tuple(arguments))
+    plan = LaunchPlan(
+        model=model,
+        tp_size=read.tp_size,
+        ep_size=ep_size,
+        attn_dp_size=attn_dp,
+        moe_a2a_backend=read.moe_a2a_backend,
+        chunked_prefill_size=per_rank,
+        device=read.device,
+        host=read.host,
+        port=read.port,
+        sglang_args=tuple(arguments),
+    )
     return plan, problems

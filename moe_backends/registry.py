@@ -35,6 +35,8 @@ class KernelSpec:
     capability: tuple[int, int] | None = None  # exact compute capability; None: any device, CPU included
     size_multiple: int = DIM_MULTIPLE  # of hidden_size and intermediate_size
     max_top_k: int = MAX_TOP_K
+    capturable: bool = True  # can run inside a CUDA graph
+    multi_rank: bool = False  # moves tokens between ranks itself; otherwise SGLang's collectives do, around it
     options: frozenset[str] = frozenset()  # optional settings it implements: fp8_combine, fp4_dispatch
     multi_rank: bool = False  # its runner has `run_across_ranks`: it moves tokens between expert-parallel ranks itself
     capturable: bool = True  # may be captured in a CUDA graph
@@ -63,7 +65,7 @@ class Choice:
 _SPECS = (
     KernelSpec(
         "mxfp4_mega",
-        "FP4 experts, one fused kernel: dispatch, both GEMMs, SwiGLU and combine",
+        "FP4 experts, one fused kernel: both GEMMs, SwiGLU and the weighted sum",
         "hopper_moe.moe_backends.runners.mxfp4_mega:create",
         "fp4",
         HOPPER,
@@ -75,6 +77,7 @@ _SPECS = (
         "FP4 experts in plain torch, FP64 sums: any device, slow, what the kernels are checked against",
         "hopper_moe.moe_backends.runners.reference:create",
         "fp4",
+        capturable=False,
         multi_rank=True,
         capturable=False,
     ),
