@@ -36,10 +36,8 @@ class KernelSpec:
     size_multiple: int = DIM_MULTIPLE  # of hidden_size and intermediate_size
     max_top_k: int = MAX_TOP_K
     capturable: bool = True  # can run inside a CUDA graph
-    multi_rank: bool = False  # moves tokens between ranks itself; otherwise SGLang's collectives do, around it
+    multi_rank: bool = False  # its runner has `run_across_ranks`: it moves tokens between ranks itself; else SGLang does
     options: frozenset[str] = frozenset()  # optional settings it implements: fp8_combine, fp4_dispatch
-    multi_rank: bool = False  # its runner has `run_across_ranks`: it moves tokens between expert-parallel ranks itself
-    capturable: bool = True  # may be captured in a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,6 @@ _SPECS = (
         "FP4 experts in plain torch, FP64 sums: any device, slow, what the kernels are checked against",
         "hopper_moe.moe_backends.runners.reference:create",
         "fp4",
-        capturable=False,
         multi_rank=True,
         capturable=False,
     ),
