@@ -56,12 +56,16 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 # ---- UE8M0
 
 
+def power_of_two(exponents: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """2**e of integer exponents -1022..1023, exactly (built from bits: exp2, pow and ldexp are not exact on every device)."""
+    return ((exponents.to(torch.int64) + 1023) << 52).view(torch.float64).to(dtype)
+
+
 def decode_ue8m0(scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """2**(s - 127) of each byte s (uint8 or float8_e8m0fnu), exactly, subnormal 2**-127 included; 255 becomes NaN."""
     data = as_bytes(scale).to(torch.int32)
-    # Built from bits: exp2 is not exact on every device, and FP32 exp2 may flush 2**-127 to zero.
-    wide = ((data.to(torch.int64) + (1023 - layout.UE8M0_BIAS)) << 52).view(torch.float64)
-    return torch.where(data == layout.UE8M0_NAN, torch.nan, wide).to(dtype)
+    values = power_of_two(data - layout.UE8M0_BIAS)
+    return torch.where(data == layout.UE8M0_NAN, torch.nan, values).to(dtype)
 
 
 def ceil_exponent(values: torch.Tensor) -> torch.Tensor:
@@ -136,7 +140,7 @@ def quantize_mxfp4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     best_codes = best_error = None
     exponents = no_clip
     for exponent in (no_clip, no_clip - 1):
-        step = torch.ldexp(torch.ones_like(amax), exponent).unsqueeze(-1)
+        step = power_of_two(exponent).unsqueeze(-1)
         codes = encode_e2m1(grouped / step)
         error = (decode_e2m1(codes, torch.float64) * step - grouped).square().sum(-1)
         if best_codes is None:
@@ -160,7 +164,7 @@ def quantize_mxfp4_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     grouped = x.double().unflatten(-1, (-1, layout.MXFP4_GROUP))
     amax = grouped.abs().amax(-1).clamp_min(2.0**layout.AMAX_FLOOR_EXPONENT)
     exponents = ceil_exponent(amax / layout.E2M1_VALUES[-1])
-    step = torch.ldexp(torch.ones_like(amax), exponents).unsqueeze(-1)
+    step = power_of_two(exponents).unsqueeze(-1)
     return pack_nibbles(encode_e2m1(grouped / step).flatten(-2)), encode_ue8m0(exponents)
 
 
@@ -177,7 +181,7 @@ def quantize_fp8_blocks(w: torch.Tensor, block: int = layout.FP8_BLOCK) -> tuple
     padded = torch.nn.functional.pad(w.double(), (0, -num_cols % block, 0, -num_rows % block))
     tiles = padded.unflatten(0, (-1, block)).unflatten(2, (-1, block))  # [rows, block, cols, block]
     exponents = ceil_exponent(tiles.abs().amax((1, 3)).clamp_min(2.0**-110) / layout.E4M3_MAX)
-    step = torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents)
+    step = power_of_two(exponents)
     q = encode_e4m3((tiles / step[:, None, :, None]).float())
     return q.flatten(2).flatten(0, 1)[:num_rows, :num_cols].contiguous(), encode_ue8m0(exponents)
 

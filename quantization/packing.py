@@ -173,13 +173,18 @@ def pack_expert_into(
     packed.w2_base[expert].copy_(base)
 
 
-def unpack_expert(packed: PackedExperts, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(w13 [2I, H/2], w13_scale [2I, H/32], w2 [H, I/2], w2_scale [H, I/32]) of one expert, all uint8, rows `[w1; w3]`."""
+def unpack_w13(packed: PackedExperts, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(w13 [2I, H/2], w13_scale [2I, H/32]) of one expert, uint8, rows `[w1; w3]` as in the checkpoint."""
     rows = interleave_rows(packed.intermediate_size, packed.device)
     weight, scale = unpack_matrix(packed.w13_packed[expert], packed.w13_base[expert])
     w13, w13_scale = torch.empty_like(weight), torch.empty_like(scale)
     w13[rows], w13_scale[rows] = weight, scale
-    return (w13, w13_scale, *unpack_matrix(packed.w2_packed[expert], packed.w2_base[expert]))
+    return w13, w13_scale
+
+
+def unpack_w2(packed: PackedExperts, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(w2 [H, I/2], w2_scale [H, I/32]) of one expert, uint8."""
+    return unpack_matrix(packed.w2_packed[expert], packed.w2_base[expert])
 
 
 def check_checkpoint_shapes(
@@ -227,7 +232,7 @@ def pack_experts(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w
 
 def unpack_experts(packed: PackedExperts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inverse of `pack_experts`, bit for bit: (w13, w13_scale, w2, w2_scale), all uint8."""
-    experts = [unpack_expert(packed, expert) for expert in range(packed.num_experts)]
+    experts = [(*unpack_w13(packed, expert), *unpack_w2(packed, expert)) for expert in range(packed.num_experts)]
     if not experts:
         raise Refusal("there are 0 experts to unpack: give a layer with at least one expert on this rank.")
     w13, w13_scale, w2, w2_scale = (torch.stack(tensors) for tensors in zip(*experts, strict=True))

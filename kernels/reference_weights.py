@@ -1,0 +1,117 @@
+"""The expert weights that the reference computes with: one matrix of one expert at a time, dequantised when it is needed."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization import layout
+from hopper_moe.quantization.codecs import decode_ue8m0, dequantize_mxfp4
+from hopper_moe.quantization.packing import PackedExperts, check_checkpoint_shapes, unpack_w2, unpack_w13
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One expert's matrix: `values[n, k] * block_scale[n, k // 128]`."""
+
+    values: torch.Tensor  # [N, K] in the compute type, exact
+    block_scale: torch.Tensor | None = None  # [N, ceil(K/128)] in the compute type; None: the values are complete
+
+
+class ExpertSource(Protocol):
+    """A layer's local experts in some format. Rows of w13 are `[w1; w3]` (gate, then up)."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    def w13(self, expert: int, dtype: torch.dtype) -> Matrix: ...
+
+    def w2(self, expert: int, dtype: torch.dtype) -> Matrix: ...
+
+
+class PackedSource:
+    """Packed FP4 experts (`quantization.packing`), read through the inverse of the packing."""
+
+    def __init__(self, packed: PackedExperts) -> None:
+        self._packed = packed
+        self.num_experts = packed.num_experts
+        self.hidden_size = packed.hidden_size
+        self.intermediate_size = packed.intermediate_size
+
+    def w13(self, expert: int, dtype: torch.dtype) -> Matrix:
+        return Matrix(dequantize_mxfp4(*unpack_w13(self._packed, expert), dtype))
+
+    def w2(self, expert: int, dtype: torch.dtype) -> Matrix:
+        return Matrix(dequantize_mxfp4(*unpack_w2(self._packed, expert), dtype))
+
+
+class Mxfp4Experts:
+    """FP4 experts as the checkpoint has them: any span of scales, sizes in multiples of 32.
+
+    w13 int8 or uint8 [E, 2I, H/2] (rows `[w1; w3]`), w13_scale uint8 or float8_e8m0fnu [E, 2I, H/32], w2 [E, H, I/2],
+    w2_scale [E, H, I/32]. Raises Refusal for shapes or types that do not belong together and for NaN scales.
+    """
+
+    def __init__(self, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
+        shape = check_checkpoint_shapes(w13, w13_scale, w2, w2_scale)
+        self.num_experts, self.hidden_size, self.intermediate_size = shape
+        self._tensors = (w13, w13_scale, w2, w2_scale)
+        for name, scale in (("w13", w13_scale), ("w2", w2_scale)):
+            if bool(torch.isnan(decode_ue8m0(scale)).any()):
+                raise Refusal(f"{name} has a scale byte {layout.UE8M0_NAN} (NaN): the checkpoint is damaged, fetch it again.")
+
+    def w13(self, expert: int, dtype: torch.dtype) -> Matrix:
+        weight, scale = self._tensors[0][expert], self._tensors[1][expert]
+        return Matrix(dequantize_mxfp4(weight, scale, dtype))
+
+    def w2(self, expert: int, dtype: torch.dtype) -> Matrix:
+        weight, scale = self._tensors[2][expert], self._tensors[3][expert]
+        return Matrix(dequantize_mxfp4(weight, scale, dtype))
+
+
+class Fp8BlockExperts:
+    """Block-scaled E4M3 experts: one FP32 scale per 128 x 128 block.
+
+    w13 float8_e4m3fn [E, 2I, H] (rows `[w1; w3]`), w13_scale FP32 [E, ceil(2I/128), ceil(H/128)], w2 float8_e4m3fn [E, H, I],
+    w2_scale FP32 [E, ceil(H/128), ceil(I/128)]. Raises Refusal for anything else, and for I % 128 != 0 (a block would mix w1 and
+    w3).
+    """
+
+    def __init__(self, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
+        self.num_experts, self.hidden_size, self.intermediate_size = w2.shape
+        if self.intermediate_size % layout.FP8_BLOCK:
+            raise Refusal(
+                f"intermediate_size {self.intermediate_size} is not a multiple of {layout.FP8_BLOCK}: "
+                "a weight block would hold rows of both w1 and w3, so use another MoE backend."
+            )
+        rows, cols = 2 * self.intermediate_size, self.hidden_size
+        for name, weight, scale, shape in (
+            ("w13", w13, w13_scale, (rows, cols)),
+            ("w2", w2, w2_scale, (self.hidden_size, self.intermediate_size)),
+        ):
+            blocks = tuple(-(-size // layout.FP8_BLOCK) for size in shape)
+            if weight.dtype is not torch.float8_e4m3fn or tuple(weight.shape[1:]) != shape or weight.shape[0] != self.num_experts:
+                raise Refusal(f"{name} is {weight.dtype} {list(weight.shape)}, not float8_e4m3fn [{self.num_experts}, {shape}].")
+            if scale.dtype is not torch.float32 or tuple(scale.shape) != (self.num_experts, *blocks):
+                raise Refusal(f"{name}_scale is {scale.dtype} {list(scale.shape)}, not float32 [{self.num_experts}, {blocks}].")
+        self._tensors = (w13, w13_scale, w2, w2_scale)
+
+    def w13(self, expert: int, dtype: torch.dtype) -> Matrix:
+        return self._matrix(self._tensors[0][expert], self._tensors[1][expert], dtype)
+
+    def w2(self, expert: int, dtype: torch.dtype) -> Matrix:
+        return self._matrix(self._tensors[2][expert], self._tensors[3][expert], dtype)
+
+    @staticmethod
+    def _matrix(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Matrix:
+        return Matrix(weight.to(dtype), scale.to(dtype).repeat_interleave(layout.FP8_BLOCK, 0)[: weight.shape[0]])
+
+
+Experts = PackedExperts | Mxfp4Experts | Fp8BlockExperts
+
+
+def as_source(experts: Experts) -> ExpertSource:
+    """Any of the three formats as a source of matrices."""
+    return PackedSource(experts) if isinstance(experts, PackedExperts) else experts
