@@ -79,7 +79,7 @@ def _model(model: str, arguments: list[str], found: Settings, machine: machines.
 
 def _summary(machine: machines.Machine, findings: list[Finding]) -> str:
     notes = {finding.subject for finding in findings if finding.verdict == NOTE}
-    here = ["`make test`"]
+    here = ["`hopper-moe checkpoint`, the reference kernel from Python"]
     if machine.is_hopper and "sglang" not in notes:
         here.insert(0, "`hopper-moe serve MODEL` with SGLang and the fused kernel")
     elif "cpu host" not in notes:
