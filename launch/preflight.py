@@ -22,11 +22,6 @@ class Report:
     lines: tuple[str, ...]
     refusals: tuple[str, ...]
 
-    def require(self) -> None:
-        """Raise `Refusal` with every sentence, one per line, unless there is none."""
-        if self.refusals:
-            raise Refusal("\n".join(self.refusals))
-
 
 def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Settings) -> Report:
     """Check a launch against machine, model and settings. Pure: takes no memory and starts nothing."""

@@ -34,20 +34,19 @@ def serve(ctx: click.Context, model: str, dry_run: bool) -> None:
     found = machines.Machine() if plan.device == "cpu" else machines.detect()
     if plan.device == "cuda" and not found.is_hopper:
         problems.append("--device cuda is given, but no Hopper GPU is visible: leave it out to serve on the CPU.")
+    _require_none(problems)
     on_cpu = not found.is_hopper
     if on_cpu:
         plan, found = plan.on_one_process(), machines.Machine()
     report = check(plan, facts, found, settings())
     for line in report.lines:
         click.echo(f"preflight: {line}")
-    problems += report.refusals
-    problems += _port_problem(plan)
+    problems = [*report.refusals, *_port_problem(plan)]
     if not on_cpu and importlib.util.find_spec("sglang") is None:
         problems.append("sglang is not installed: pip install 'sglang-hopper-moe[sglang]'.")
-    if problems:
-        raise Refusal("\n".join(problems))
+    _require_none(problems)
     if on_cpu:
-        _serve_on_cpu(plan, dry_run)
+        _serve_on_cpu(plan, report.choice.spec.name, dry_run)
     else:
         _become_sglang(plan, dry_run)
 
@@ -61,6 +60,11 @@ def sglang_command(plan: LaunchPlan) -> list[str]:
     return command + arguments
 
 
+def _require_none(problems: list[str]) -> None:
+    if problems:
+        raise Refusal("\n".join(problems))
+
+
 def _become_sglang(plan: LaunchPlan, dry_run: bool) -> None:
     command = sglang_command(plan)
     click.echo("starting: " + " ".join(command))
@@ -72,7 +76,7 @@ def _become_sglang(plan: LaunchPlan, dry_run: bool) -> None:
     os.execvpe(command[0], command, environ)
 
 
-def _serve_on_cpu(plan: LaunchPlan, dry_run: bool) -> None:
+def _serve_on_cpu(plan: LaunchPlan, kernel: str, dry_run: bool) -> None:
     left_out = plan.not_for_cpu()
     if left_out:
         click.echo(f"no Hopper GPU here: one CPU process serves, these arguments have no meaning to it: {' '.join(left_out)}")
@@ -81,7 +85,7 @@ def _serve_on_cpu(plan: LaunchPlan, dry_run: bool) -> None:
         return
     from hopper_moe.launch import cpu_host
 
-    cpu_host.serve(plan.model, host=plan.host, port=plan.port)
+    cpu_host.serve(plan.model, host=plan.host, port=plan.port, kernel=kernel)
 
 
 def _port_problem(plan: LaunchPlan) -> list[str]:

@@ -78,11 +78,11 @@ def settings() -> Settings:
 
 
 def _refuse_unknown_names(environ: Mapping[str, str]) -> None:
-    known = [variable.name for variable in VARIABLES]
+    known = [variable.name.removeprefix(PREFIX) for variable in VARIABLES]
     for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "`hopper-moe env` lists them."
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in known:
+            close = difflib.get_close_matches(name.removeprefix(PREFIX), known, n=1)
+            hint = f"did you mean {PREFIX}{close[0]}?" if close else "`hopper-moe env` lists them."
             raise Refusal(f"{name} is set, but no such variable exists: {hint}")
 
 

@@ -1,0 +1,205 @@
+"""Bad environments, arguments and models: each is refused with one sentence by `hopper-moe serve`, and nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hopper_moe.launch import machine as machines
+from hopper_moe.launch.cli import main
+from hopper_moe.launch.machine import GIB, Gpu, Machine
+from hopper_moe.moe_backends import env
+
+CONFIG = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "hidden_size": 4096,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 20,
+    "swiglu_limit": 10.0,
+    "expert_dtype": "fp4",
+}
+H200 = Gpu(0, "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB, 132, 18)
+A100 = Gpu(1, "NVIDIA A100", (8, 0), 80 * GIB, 79 * GIB, 108, 12)
+
+
+def _gpus(count: int) -> tuple[Gpu, ...]:
+    return tuple(Gpu(index, *list(H200.__dict__.values())[1:]) for index in range(count))
+
+
+def _write_model(folder: Path, dtype: str = "I8", **changes) -> Path:
+    """A checkpoint whose one weight file ends after its header: whoever reads a weight of it fails."""
+    folder.mkdir()
+    config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+    entry = {"dtype": dtype, "shape": [2048, 2048], "data_offsets": [0, 2048 * 2048]}
+    header = json.dumps({"layers.0.ffn.experts.0.w1.weight": entry}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return folder
+
+
+# name -> (environment, arguments, the words that the sentence must contain)
+ON_EIGHT_H200 = {
+    "unknown variable": ({"HOPPER_MOE_KERNAL": "auto"}, [], "did you mean HOPPER_MOE_KERNEL?"),
+    "unknown kernel": ({"HOPPER_MOE_KERNEL": "marlin"}, [], "'marlin' is not a kernel"),
+    "empty kernel": ({"HOPPER_MOE_KERNEL": ""}, [], "'' is not a kernel"),
+    "kernel not built: fp8_mega": ({"HOPPER_MOE_KERNEL": "fp8_mega"}, [], "fp8_mega: not built in this release"),
+    "kernel not built: w4a16": ({"HOPPER_MOE_KERNEL": "w4a16"}, [], "w4a16: not built in this release"),
+    "capacity no number": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "8k"}, [], "'8k' is not a whole number"),
+    "capacity zero": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "0"}, [], "=0 is outside 1..262144"),
+    "capacity negative": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "-1"}, [], "'-1' is not a whole number"),
+    "capacity too large": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "999999999"}, [], "outside 1..262144"),
+    "older capacity no number": (
+        {"SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK": "1e3"}, [], "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK='1e3'",
+    ),
+    "capacities contradict": (
+        {"HOPPER_MOE_MAX_TOKENS_PER_RANK": "1024", "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK": "2048"}, [],
+        "contradict each other",
+    ),
+    "switch no switch": ({"HOPPER_MOE_FP8_COMBINE": "maybe"}, [], "'maybe' is not a switch"),
+    "older switch no switch": ({"DG_USE_FP4_ACTS": "2"}, [], "DG_USE_FP4_ACTS='2' is not a switch"),
+    "fp8 combine not built": ({"HOPPER_MOE_KERNEL": "mxfp4_mega", "DG_USE_FP8_COMBINE": "1"}, [], "unset DG_USE_FP8_COMBINE"),
+    "fp4 dispatch not built": ({"HOPPER_MOE_FP4_DISPATCH": "1"}, [], "unset HOPPER_MOE_FP4_DISPATCH"),
+    "combine contradiction": ({"HOPPER_MOE_FP8_COMBINE": "0", "DG_USE_FP8_COMBINE": "1"}, [], "contradict each other"),
+    "timeout zero": ({"HOPPER_MOE_TIMEOUT_S": "0"}, [], "outside 1..3600 seconds"),
+    "timeout with unit": ({"HOPPER_MOE_TIMEOUT_S": "5m"}, [], "'5m' is not a whole number"),
+    "cache dir relative": ({"HOPPER_MOE_CACHE_DIR": "cache"}, [], "relative path"),
+    "cache dir is a file": ({"HOPPER_MOE_CACHE_DIR": "/etc/hostname"}, [], "is a file"),
+    "dequant against mxfp4": (
+        {"HOPPER_MOE_KERNEL": "mxfp4_mega", "SGLANG_DSV4_FP4_DEQUANT": "1"}, [], "SGLANG_DSV4_FP4_DEQUANT=1 (1: FP4 experts are turned",
+    ),
+    "mega against no mega": (
+        {"HOPPER_MOE_KERNEL": "mxfp4_mega", "SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0"}, [], "contradict each other",
+    ),
+    "fp8 experts against mxfp4": ({"HOPPER_MOE_KERNEL": "mxfp4_mega", "SGLANG_DSV4_FP4_EXPERTS": "0"}, [], "contradict each other"),
+    "no mega but fp8": ({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0", "SGLANG_DSV4_FP4_DEQUANT": "1"}, [], "contradict each other"),
+    "dequant alone": ({"SGLANG_DSV4_FP4_DEQUANT": "1"}, [], "none is left that runs here"),
+    "old memory layout": ({"SGLANG_OPT_FIX_MEGA_MOE_MEMORY": "0"}, [], "does not have: unset it"),
+    "tp no number": ({}, ["--tp-size", "eight"], "'eight' is not a whole number"),
+    "tp zero": ({}, ["--tp-size", "0"], "'0' is not a whole number in 1..1024"),
+    "tp without value": ({}, ["--tp-size"], "expected one argument"),
+    "more ranks than GPUs": ({}, ["--tp", "16"], "needs 16 GPUs, but 8 are visible"),
+    "ep does not divide tp": ({}, ["--tp-size", "8", "--ep-size", "3"], "--ep-size 3 does not divide --tp-size 8"),
+    "dp does not divide tp": ({}, ["--tp-size", "8", "--attn-dp-size", "3"], "3 attention data-parallel ranks do not divide"),
+    "two nodes": ({}, ["--nnodes", "2"], "works inside one node"),
+    "another runner": ({}, ["--moe-runner-backend", "triton"], "--moe-runner-backend triton is not this plugin"),
+    "another exchange": ({}, ["--moe-a2a-backend=deepep"], "--moe-a2a-backend deepep does not go with"),
+    "another quantization": ({}, ["--quantization", "awq"], "--quantization awq does not fit"),
+    "LoRA": ({}, ["--enable-lora"], "--enable-lora"),
+    "two-batch overlap": ({}, ["--enable-two-batch-overlap"], "--enable-two-batch-overlap"),
+    "fused shared experts": ({}, ["--enforce-shared-experts-fusion"], "--enforce-shared-experts-fusion"),
+    "chunk of nothing": ({}, ["--chunked-prefill-size", "0"], "--chunked-prefill-size 0 means nothing"),
+    "model twice": ({}, ["--model-path", "/other"], "name the model once"),
+    "port too large": ({}, ["--port", "70000"], "'70000' is not a whole number in 1..65535"),
+    "host not ours": ({}, ["--host", "192.0.2.1"], "cannot be used"),
+}
+
+
+@pytest.fixture
+def refuse(monkeypatch, tmp_path):
+    """Run `hopper-moe serve` in this process on a simulated machine; anything that would start or load a model fails the test."""
+
+    def started(*_args, **_kwargs):
+        raise AssertionError("a server was started in spite of bad input")
+
+    monkeypatch.setattr(os, "execvpe", started)
+
+    def run(machine: Machine, model: str, arguments: list[str], environ: dict[str, str]) -> str:
+        for name in list(os.environ):
+            if name.startswith(("HOPPER_MOE_", "DG_USE_", "SGLANG_")):
+                monkeypatch.delenv(name)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(machines, "detect", lambda: machine)
+        env.settings.cache_clear()
+        loaded = set(sys.modules)
+        result = CliRunner().invoke(main, ["serve", model, *arguments])
+        env.settings.cache_clear()
+        assert result.exit_code == 2, result.output
+        assert not {"sglang", "transformers"} & (set(sys.modules) - loaded), "a model framework was imported before the refusal"
+        assert "starting:" not in result.output
+        sentence = result.stderr.removeprefix("hopper-moe: ").rstrip("\n")
+        assert "\n" not in sentence and sentence[-1] in ".?" and 30 < len(sentence) < 500, sentence
+        assert not re.search(r"[.!?] [A-Z]", sentence), f"more than one sentence: {sentence}"
+        return sentence
+
+    return run
+
+
+@pytest.mark.parametrize("case", ON_EIGHT_H200)
+def test_bad_environment_and_arguments(case, refuse, tmp_path):
+    environ, arguments, words = ON_EIGHT_H200[case]
+    model = _write_model(tmp_path / "model")
+    assert words in refuse(Machine(_gpus(8), driver="580"), str(model), arguments, environ)
+
+
+BAD_MODELS = {
+    "hidden size": ({"hidden_size": 4100}, "hidden_size 4100 is not a positive multiple of 128"),
+    "intermediate size": ({"moe_intermediate_size": 2000}, "intermediate_size 2000 is not a positive multiple of 128"),
+    "intermediate size in ranks": ({"moe_intermediate_size": 3200}, "intermediate_size 400 is not a positive multiple of 128"),
+    "experts in ranks": ({"n_routed_experts": 252}, "252 experts do not divide into 8"),
+    "too many choices": ({"num_experts_per_tok": 17}, "top_k 17 is outside 1..16"),
+    "no experts": ({"n_routed_experts": ...}, "no n_routed_experts"),
+    "size is text": ({"hidden_size": "4096"}, "hidden_size='4096'"),
+    "clamp negative": ({"swiglu_limit": -1}, "swiglu_limit=-1"),
+    "type contradicts": ({"expert_dtype": "fp8"}, "says expert_dtype=fp8, but the expert weights are fp4"),
+    "too large": ({"num_hidden_layers": 430, "n_routed_experts": 1024}, "GiB must stay free"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_config(case, refuse, tmp_path):
+    changes, words = BAD_MODELS[case]
+    arguments = ["--tp-size", "8"] + ([] if case == "intermediate size in ranks" else ["--ep-size", "8"])
+    machine = Machine((H200,) * 8) if case != "too large" else Machine(_gpus(1))
+    arguments = arguments if case != "too large" else []
+    assert words in refuse(machine, str(_write_model(tmp_path / "model", **changes)), arguments, {})
+
+
+@pytest.mark.parametrize("dtype, words", [("F8_E4M3", "experts are fp8"), ("BF16", "experts are bf16"), ("I4", "experts are I4")])
+def test_bad_expert_type_on_disk(dtype, words, refuse, tmp_path):
+    model = _write_model(tmp_path / "model", dtype, expert_dtype=...)
+    assert words in refuse(Machine(_gpus(1)), str(model), [], {})
+
+
+def test_bad_folders(refuse, tmp_path):
+    machine = Machine(_gpus(1))
+    assert "does not exist" in refuse(machine, str(tmp_path / "nowhere"), [], {})
+    (tmp_path / "empty").mkdir()
+    assert "config.json does not exist" in refuse(machine, str(tmp_path / "empty"), [], {})
+    (tmp_path / "empty" / "config.json").write_text("{")
+    assert "is not valid JSON" in refuse(machine, str(tmp_path / "empty"), [], {})
+    assert "is a file, not a checkpoint" in refuse(machine, str(tmp_path / "empty" / "config.json"), [], {})
+    model = _write_model(tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"\xff" * 64)
+    assert "not a safetensors file" in refuse(machine, str(model), [], {})
+    (model / "model.safetensors").unlink()
+    index = {"weight_map": {"layers.0.ffn.experts.0.w1.weight": "model-00001.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "first model-00001.safetensors: finish the download" in refuse(machine, str(model), [], {})
+
+
+def test_bad_machines(refuse, tmp_path):
+    model = str(_write_model(tmp_path / "model"))
+    mixed = Machine((H200, A100))
+    assert "needs Hopper GPUs only" in refuse(mixed, model, ["--tp-size", "2"], {})
+    assert "no Hopper GPU is visible" in refuse(Machine(), model, ["--device", "cuda"], {})
+    assert "here is a machine without a CUDA device" in refuse(Machine(), model, [], {"HOPPER_MOE_KERNEL": "mxfp4_mega"})
+
+
+def test_port_in_use(refuse, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        sentence = refuse(Machine(_gpus(1)), str(_write_model(tmp_path / "model")), ["--port", port], {})
+    assert f"--port {port} cannot be used (Address already in use)" in sentence

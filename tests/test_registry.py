@@ -1,0 +1,95 @@
+"""Which kernel runs and why; what a layer must look like; and that making a runner imports only its own module."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from hopper_moe.moe_backends import registry
+from hopper_moe.moe_backends.env import load
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.registry import REGISTRY, LayerShape, choose, create_runner, layer_refusals
+
+FLASH = LayerShape(4096, 2048, 256, 6, "fp4")
+
+
+@pytest.mark.parametrize(
+    "capability, kernel",
+    [((9, 0), "mxfp4_mega"), (None, "reference"), ((8, 0), "reference"), ((10, 0), "reference"), ((12, 0), "reference")],
+)
+def test_auto_takes_the_best_that_runs_and_logs_why(capability, kernel, caplog):
+    with caplog.at_level(logging.INFO, logger="hopper_moe"):
+        choice = choose(load({}), capability)
+    assert choice.spec.name == kernel
+    assert [record.getMessage() for record in caplog.records] == [f"kernel {kernel}: {choice.reason}"]
+    if kernel == "reference":
+        assert "mxfp4_mega (needs compute capability 9.0" in choice.reason
+
+
+def test_auto_stays_within_what_older_switches_allow():
+    assert choose(load({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0"}), (9, 0)).spec.name == "reference"
+    assert choose(load({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "1"}), (9, 0)).spec.name == "mxfp4_mega"
+
+
+def test_a_named_kernel_is_taken_as_named():
+    assert choose(load({"HOPPER_MOE_KERNEL": "reference"}), (9, 0)).spec.name == "reference"
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_unbuilt_kernels_are_refused_and_built_ones_made(name):
+    if REGISTRY[name].factory is None:
+        with pytest.raises(Refusal, match="not built in this release"):
+            create_runner(name)
+        with pytest.raises(Refusal, match="not built in this release"):
+            choose(load({"HOPPER_MOE_KERNEL": name}), (9, 0))
+    else:
+        runner = create_runner(name)
+        assert callable(runner.prepare) and callable(runner.run)
+        assert create_runner(name) is not runner, "one runner per layer"
+
+
+@pytest.mark.parametrize("option", ["HOPPER_MOE_FP8_COMBINE", "HOPPER_MOE_FP4_DISPATCH", "DG_USE_FP8_COMBINE", "DG_USE_FP4_ACTS"])
+def test_options_without_a_kernel_are_refused_by_the_name_that_was_set(option):
+    with pytest.raises(Refusal, match=f"unset {option}") as refused:
+        choose(load({option: "1"}), (9, 0))
+    assert "in this release" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [FLASH, LayerShape(7168, 3072, 384, 6, "fp4"), LayerShape(7168, 2048, 256, 8, "fp4"), LayerShape(5120, 2304, 384, 6, "fp4")],
+)
+@pytest.mark.parametrize("name", ["mxfp4_mega", "reference"])
+def test_published_shapes_are_served(name, shape):
+    assert layer_refusals(REGISTRY[name], shape) == []
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"hidden_size": 4095}, "hidden_size 4095"),
+        ({"hidden_size": 0}, "hidden_size 0"),
+        ({"intermediate_size": 192}, "intermediate_size 192"),
+        ({"num_experts": 0, "top_k": 1}, "num_experts 0"),
+        ({"ep_size": 7}, "256 experts do not divide into 7"),
+        ({"top_k": 17}, "top_k 17"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"num_experts": 4}, "top_k 6 is outside 1..4"),
+        ({"expert_dtype": "fp8"}, "experts are fp8"),
+        ({"expert_dtype": "bf16"}, "experts are bf16"),
+    ],
+)
+def test_each_wrong_size_is_one_sentence(change, said):
+    shape = LayerShape(**{**FLASH.__dict__, **change})
+    refusals = layer_refusals(REGISTRY["mxfp4_mega"], shape)
+    assert len(refusals) == 1 and said in refusals[0] and refusals[0].endswith(".")
+
+
+def test_unknown_runner_is_refused():
+    with pytest.raises(Refusal, match="'mxfp4' is not a kernel: use one of mxfp4_mega"):
+        create_runner("mxfp4")
+
+
+def test_order_of_preference_is_that_of_the_table():
+    assert tuple(REGISTRY) == registry.KERNELS and registry.KERNELS[-1] == "reference"
