@@ -72,8 +72,8 @@ def is_asked_for(args: Any) -> bool:
     return BACKEND in (args.moe_runner_backend, args.speculative_moe_runner_backend)
 
 
-def early(args: Any, spec: KernelSpec, attn_dp_size: int) -> dict[str, Any]:
-    """Refusals that need no model, and the fields to declare: `moe_a2a_backend`, and graphs off for kernels that cannot be captured.
+def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) -> dict[str, Any]:
+    """Refusals that need no model, and the fields to declare: `moe_a2a_backend`, and graphs off where a kernel cannot be captured.
 
     Args:
         args: SGLang's arguments as the user gave them, defaults filled in or not.
@@ -102,10 +102,17 @@ def early(args: Any, spec: KernelSpec, attn_dp_size: int) -> dict[str, Any]:
         raise Refusal(f"--quantization {args.quantization} is not how DeepSeek-V4 FP4 experts are stored: drop it, the checkpoint says fp8.")
 
     declared: dict[str, Any] = {"moe_a2a_backend": _exchange(args, spec, attn_dp_size)}
-    if not spec.capturable:
-        logger.warning("kernel %s cannot be captured in a CUDA graph: graphs are off.", spec.name)
+    if uncapturable := _uncapturable(spec, settings):
+        logger.warning("%s cannot be captured in a CUDA graph: graphs are off.", uncapturable)
         declared["disable_cuda_graph"] = True
     return declared
+
+
+def _uncapturable(spec: KernelSpec, settings: Settings) -> str | None:
+    """What of this launch keeps CUDA graphs off; None: nothing does."""
+    if not spec.capturable:
+        return f"kernel {spec.name}"
+    return "HOPPER_MOE_INEXACT_ROWS=reference" if settings.inexact_rows == "reference" else None
 
 
 def _exchange(args: Any, spec: KernelSpec, attn_dp_size: int) -> str:
@@ -166,17 +173,19 @@ def late(args: Any, spec: KernelSpec, settings: Settings, model: ModelFacts, att
     )
     for sentence in layer_refusals(spec, shape):
         raise Refusal(sentence)
-    if not spec.capturable:
-        _require_no_graphs(args, spec)
+    if uncapturable := _uncapturable(spec, settings):
+        _require_no_graphs(args, uncapturable)
+    if args.moe_a2a_backend != (exchange := _exchange(args, spec, attn_dp_size)):
+        raise Refusal(f"SGLang resolved --moe-a2a-backend to {args.moe_a2a_backend}, but {spec.name} needs {exchange}: drop the option behind it.")
     return ServingPlan(spec.name, args.moe_a2a_backend, _capacity(args, spec, settings, attn_dp_size))
 
 
-def _require_no_graphs(args: Any, spec: KernelSpec) -> None:
+def _require_no_graphs(args: Any, uncapturable: str) -> None:
     for phase in ("decode", "prefill"):
         backend = getattr(args.cuda_graph_config, phase).backend
         if backend != "disabled":
             raise Refusal(
-                f"kernel {spec.name} cannot be captured in a CUDA graph, but --cuda-graph-backend-{phase} {backend} was given: drop it."
+                f"{uncapturable} cannot be captured in a CUDA graph, but --cuda-graph-backend-{phase} {backend} was given: drop it."
             )
 
 

@@ -1,0 +1,97 @@
+"""Kernel `reference`: the executable definition of the layer, in plain torch, on any device. Slow; cannot be captured in a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from hopper_moe.kernels.reference import moe_layer, pre_dispatch
+from hopper_moe.kernels.reference_stages import combine_slots, expert_hidden, expert_slots
+from hopper_moe.moe_backends.errors import Refusal
+
+if TYPE_CHECKING:
+    from hopper_moe.kernels.reference_weights import Mxfp4Experts
+    from hopper_moe.moe_backends.base import ExpertShard
+    from hopper_moe.quantization.packing import PackedExperts
+
+_EXCHANGE_ROWS = 1024  # tokens whose slots exist at once while ranks exchange: bounds FP32 [rows, top_k, H]
+
+
+class ReferenceRunner:
+    """`ExpertRunner` over `hopper_moe.kernels.reference`. Besides packed experts it takes them as the checkpoint has them."""
+
+    def prepare(self, packed: PackedExperts | Mxfp4Experts, shard: ExpertShard) -> None:
+        if (packed.num_experts, packed.hidden_size, packed.intermediate_size) != (
+            shard.num_local_experts,
+            shard.hidden_size,
+            shard.intermediate_size,
+        ):
+            raise Refusal(
+                f"{packed.num_experts} experts of {packed.hidden_size} x {packed.intermediate_size} were packed for a layer of "
+                f"{shard.num_local_experts} of {shard.hidden_size} x {shard.intermediate_size}: pack the layer again."
+            )
+        self._experts, self._shard = packed, shard
+
+    def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """See `ExpertRunner.run`."""
+        return moe_layer(
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            self._experts,
+            swiglu_limit=self._shard.swiglu_limit,
+            first_expert=self._shard.first_expert,
+        )
+
+    def run_across_ranks(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        """`run`, but complete: tokens visit the experts of every rank of `group`. All ranks must call it, those without tokens too.
+
+        Every rank sees all tokens and computes the slots of its own experts; a slot is non-zero on one rank only, so the FP32 sum over
+        ranks is exact and the result has the bits of a single rank holding all experts. Returns bf16 [num_tokens, H] of this rank's rows.
+        """
+        counts = _all_counts(hidden_states.shape[0], group, hidden_states.device)
+        if not any(counts):
+            return torch.empty_like(hidden_states)
+        x, ids, weights = (_all_rows(t, counts, group) for t in (hidden_states, topk_ids, topk_weights))
+        first = sum(counts[: dist.get_rank(group)])
+        mine = slice(first, first + hidden_states.shape[0])
+        pieces = [
+            self._combined(x[rows], ids[rows], weights[rows], group)
+            for rows in (slice(start, start + _EXCHANGE_ROWS) for start in range(0, x.shape[0], _EXCHANGE_ROWS))
+        ]
+        return torch.cat(pieces)[mine].clone()
+
+    def _combined(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        experts, shard = self._experts, self._shard
+        local = ids - shard.first_expert
+        local = torch.where((ids >= 0) & (local >= 0) & (local < shard.num_local_experts), local, -1)
+        tokens = [pre_dispatch(x, local, weights)]
+        hidden = expert_hidden(tokens, [experts], num_experts=experts.num_experts, swiglu_limit=shard.swiglu_limit)
+        (slots,) = expert_slots(tokens, hidden, [experts], num_experts=experts.num_experts)
+        slots = slots.float()
+        dist.all_reduce(slots, group=group)
+        return combine_slots(slots, ids)
+
+
+def _all_counts(count: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    counts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([count], dtype=torch.int64, device=device), group=group)
+    return [int(c) for c in counts]
+
+
+def _all_rows(rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Rows of every rank, in rank order; ranks may have different numbers of rows."""
+    padded = rows.new_zeros(max(counts), rows.shape[1])
+    padded[: rows.shape[0]] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
+def create() -> ReferenceRunner:
+    """A runner for one layer."""
+    return ReferenceRunner()
