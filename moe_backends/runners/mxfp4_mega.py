@@ -14,8 +14,17 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def _kernel(capacity: int, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, device: torch.device) -> MegaMoE:
-    """One kernel object, and so one set of buffers, for all layers of the same shape."""
+def _kernel(
+    capacity: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    first_expert: int,
+    num_local_experts: int,
+    top_k: int,
+    device: torch.device,
+) -> MegaMoE:
+    """One kernel object, and so one workspace, for all layers of the same shape."""
     from hopper_moe.kernels.mega_moe import MegaMoE
 
     return MegaMoE(
@@ -23,6 +32,8 @@ def _kernel(capacity: int, hidden_size: int, intermediate_size: int, num_experts
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_experts=num_experts,
+        first_expert=first_expert,
+        num_local_experts=num_local_experts,
         top_k=top_k,
         device=device,
     )
@@ -32,18 +43,22 @@ class Mxfp4MegaRunner:
     """`ExpertRunner` over `hopper_moe.kernels.mega_moe`."""
 
     def prepare(self, packed: PackedExperts, shard: ExpertShard) -> None:
-        self._packed, self._shard = packed, shard
+        """See `ExpertRunner.prepare`. The first layer of a shape compiles the kernel (if it was not before) and takes the workspace."""
+        self._packed, self._swiglu_limit = packed, shard.swiglu_limit
         self._kernel = _kernel(
-            shard.max_tokens_per_rank, shard.hidden_size, shard.intermediate_size, shard.num_local_experts, shard.top_k, packed.device
+            shard.max_tokens_per_rank,
+            shard.hidden_size,
+            shard.intermediate_size,
+            shard.num_experts,
+            shard.first_expert,
+            shard.num_local_experts,
+            shard.top_k,
+            packed.device,
         )
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """See `ExpertRunner.run`."""
-        shard = self._shard
-        if shard.num_local_experts != shard.num_experts:  # the kernel counts the experts it was given from 0
-            local = topk_ids - shard.first_expert
-            topk_ids = torch.where((topk_ids >= 0) & (local >= 0) & (local < shard.num_local_experts), local, -1)
-        return self._kernel(hidden_states, topk_ids, topk_weights, self._packed, swiglu_limit=shard.swiglu_limit, routed_scaling_factor=1.0)
+        return self._kernel(hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), self._packed, swiglu_limit=self._swiglu_limit)
 
 
 def create() -> Mxfp4MegaRunner:
