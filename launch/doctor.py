@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import click
 
@@ -28,33 +29,37 @@ def doctor(ctx: click.Context, model: str | None) -> None:
     Exit code 0: what this machine can do works; 1: at least one line failed.
     """
     machine = machines.detect()
-    findings = [
-        checks.python_version(),
-        checks.torch_version(),
-        *checks.gpus(machine),
-        *checks.peers(machine),
-        checks.compiler(machine),
-        *checks.sglang(machine),
-        checks.plugin(),
-        checks.cpu_host(),
-        checks.third_party_kernels(),
-    ]
-    try:
-        found_settings = settings()
-    except Refusal as refusal:
-        findings.append(Finding(FAIL, "environment", str(refusal)))
-    else:
-        findings += [Finding(OK, "environment", "every variable is understood"), checks.cache(found_settings)]
-        findings += _kernel(found_settings, machine)
-        if model:
-            findings += _model(model, ctx.args, found_settings, machine)
-    for finding in findings:
+    findings = []
+    for finding in _look(machine, model, ctx.args):  # as they come: looking into SGLang takes a while
         click.echo(click.style(f"{finding.verdict:<5}", fg=_COLOURS[finding.verdict]) + f"{finding.subject:<12} {finding.text}")
+        findings.append(finding)
     failed = [finding.subject for finding in findings if finding.verdict == FAIL]
     if failed:
         click.echo(f"\nNot ready: {', '.join(dict.fromkeys(failed))}.")
         sys.exit(1)
     click.echo("\n" + _summary(machine, findings))
+
+
+def _look(machine: machines.Machine, model: str | None, arguments: list[str]) -> Iterator[Finding]:
+    yield checks.python_version()
+    yield checks.torch_version()
+    yield from checks.gpus(machine)
+    yield from checks.peers(machine)
+    yield checks.compiler(machine)
+    yield checks.plugin()
+    yield checks.cpu_host()
+    yield checks.third_party_kernels()
+    yield from checks.sglang()
+    try:
+        found = settings()
+    except Refusal as refusal:
+        yield Finding(FAIL, "environment", str(refusal))
+        return
+    yield Finding(OK, "environment", "every variable is understood")
+    yield checks.cache(found)
+    yield from _kernel(found, machine)
+    if model:
+        yield from _model(model, arguments, found, machine)
 
 
 def _kernel(found: Settings, machine: machines.Machine) -> list[Finding]:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from packaging.version import Version
 
 from hopper_moe.launch.machine import GIB, HOPPER, Machine
 from hopper_moe.moe_backends.env import Settings
+from hopper_moe.moe_backends.errors import Refusal
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 DISTRIBUTION = "sglang-hopper-moe"
@@ -75,12 +77,29 @@ def compiler(machine: Machine) -> Finding:
     return Finding(FAIL if machine.is_hopper else NOTE, "compiler", "no nvcc: install the CUDA toolkit or set CUDA_HOME to compile kernels")
 
 
-def sglang(machine: Machine) -> list[Finding]:
+def sglang() -> list[Finding]:
     try:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         return [Finding(NOTE, "sglang", "not installed: pip install 'sglang-hopper-moe[sglang]' to serve on a Hopper GPU")]
-    return [_ranged("sglang", version, Version(version))]
+    return [_ranged("sglang", version, Version(version)), _seams()]
+
+
+def _seams() -> Finding:
+    """Whether every place in the installed SGLang that the plugin hooks into looks as it did when we tested it."""
+    from hopper_moe.moe_backends import compat, seams
+
+    try:
+        table = compat.table_version()
+    except Refusal as refusal:
+        return Finding(FAIL, "sglang", str(refusal))
+    places = {**seams.LAUNCHER[table], **seams.WORKER[table]}
+    with warnings.catch_warnings():  # SGLang's modules warn about GPUs that this check does not need
+        warnings.simplefilter("ignore")
+        problems = seams.check(places)
+    if problems:
+        return Finding(FAIL, "sglang", f"the plugin's hooks do not fit: {'; '.join(problems)}")
+    return Finding(OK, "sglang", f"all {len(places)} places where the plugin hooks in look as in {table}")
 
 
 def plugin() -> Finding:

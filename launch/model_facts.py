@@ -1,20 +1,18 @@
-"""What config.json and one safetensors header say about a model's routed experts. Reads no weights."""
+"""What config.json and the safetensors headers say about a model's routed experts. Reads no weights."""
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.checkpoint_files import read_config, read_headers
 
 # Routed expert, first projection: DeepSeek's own naming and the Hugging Face one.
 _EXPERT_WEIGHT = re.compile(r"layers\.\d+\.(ffn|mlp)\.experts\.\d+\.(w1|gate_proj)\.weight$")
 _DTYPES = {"I8": "fp4", "U8": "fp4", "F4": "fp4", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-_HEADER_LIMIT = 100 << 20  # the safetensors format's own limit
 
 
 @dataclass(frozen=True)
@@ -35,14 +33,14 @@ def read_model(model: str) -> ModelFacts:
     """Facts of a local folder or a Hugging Face id (only its config.json is fetched). Raises `Refusal` naming what is wrong."""
     folder = Path(model).expanduser()
     if folder.is_dir():
-        config = _read_json(folder / "config.json")
-        dtype = _header_dtype(folder)
+        config = read_config(folder)
+        dtype = _stored_dtype(folder)
     elif folder.exists():
         raise Refusal(f"{model} is a file, not a checkpoint: give the folder that holds config.json and the safetensors files.")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise Refusal(f"{model} does not exist: give a checkpoint folder or a Hugging Face id like deepseek-ai/DeepSeek-V4-Flash.")
     else:
-        config = _read_json(_hub_config(model))
+        config = read_config(_hub_config(model).parent)
         dtype = None
     return _facts(model, config, dtype)
 
@@ -75,49 +73,12 @@ def _facts(model: str, config: dict[str, Any], dtype: str | None) -> ModelFacts:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise Refusal(f"{path} does not exist: a checkpoint folder has a config.json.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path} is not valid JSON ({error}): download it again.") from None
-    if not isinstance(data, dict):
-        raise Refusal(f"{path} holds a JSON {type(data).__name__}, but an object is needed: download it again.")
-    return data
-
-
-def _header_dtype(folder: Path) -> str | None:
-    """Dtype of the first routed-expert weight on disk; None when the folder has no such weight (yet)."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = _read_json(index).get("weight_map", {})
-        files = {folder / file for name, file in names.items() if _EXPERT_WEIGHT.search(name)}
-        missing = sorted(file.name for file in files if not file.exists())
-        if missing:
-            raise Refusal(f"{folder}: {len(missing)} weight files of the index are missing, first {missing[0]}: finish the download.")
-        files = sorted(files)[:1]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        for name, entry in _header(file).items():
-            if _EXPERT_WEIGHT.search(name):
-                return _DTYPES.get(entry["dtype"], entry["dtype"])
+def _stored_dtype(folder: Path) -> str | None:
+    """Type of the first routed-expert weight on disk; None when the folder has no such weight."""
+    for name, info in read_headers(folder).items():
+        if _EXPERT_WEIGHT.search(name):
+            return _DTYPES.get(info.dtype, info.dtype)
     return None
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file, read without safetensors because that refuses dtypes newer than itself."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= _HEADER_LIMIT:
-            raise Refusal(f"{path} is not a safetensors file (header of {length} bytes): download it again.")
-        raw = file.read(length)
-    try:
-        return json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise Refusal(f"{path} has a damaged safetensors header: download it again.") from None
 
 
 def _hub_config(model: str) -> Path:

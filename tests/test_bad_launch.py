@@ -17,6 +17,7 @@ from hopper_moe.launch import machine as machines
 from hopper_moe.launch.cli import main
 from hopper_moe.launch.machine import GIB, Gpu, Machine
 from hopper_moe.moe_backends import env
+from hopper_moe.quantization.checkpoint_files import TensorInfo
 
 CONFIG = {
     "architectures": ["DeepseekV4ForCausalLM"],
@@ -37,13 +38,16 @@ def _gpus(count: int) -> tuple[Gpu, ...]:
 
 
 def _write_model(folder: Path, dtype: str = "I8", **changes) -> Path:
-    """A checkpoint whose one weight file ends after its header: whoever reads a weight of it fails."""
+    """A checkpoint of one expert weight; its bytes are a hole in a sparse file."""
     folder.mkdir()
     config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(config))
-    entry = {"dtype": dtype, "shape": [2048, 2048], "data_offsets": [0, 2048 * 2048]}
+    size = 2 if dtype == "BF16" else 1
+    entry = {"dtype": dtype, "shape": [2048, 2048 // size], "data_offsets": [0, 2048 * 2048]}
     header = json.dumps({"layers.0.ffn.experts.0.w1.weight": entry}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 2048 * 2048)
     return folder
 
 
@@ -109,9 +113,10 @@ def refuse(monkeypatch, tmp_path):
     """Run `hopper-moe serve` in this process on a simulated machine; anything that would start or load a model fails the test."""
 
     def started(*_args, **_kwargs):
-        raise AssertionError("a server was started in spite of bad input")
+        raise AssertionError("a server was started or a weight was read in spite of bad input")
 
     monkeypatch.setattr(os, "execvpe", started)
+    monkeypatch.setattr(TensorInfo, "read_bytes", started)
 
     def run(machine: Machine, model: str, arguments: list[str], environ: dict[str, str]) -> str:
         for name in list(os.environ):
@@ -181,11 +186,11 @@ def test_bad_folders(refuse, tmp_path):
     assert "is a file, not a checkpoint" in refuse(machine, str(tmp_path / "empty" / "config.json"), [], {})
     model = _write_model(tmp_path / "model")
     (model / "model.safetensors").write_bytes(b"\xff" * 64)
-    assert "not a safetensors file" in refuse(machine, str(model), [], {})
+    assert "is no whole safetensors file" in refuse(machine, str(model), [], {})
     (model / "model.safetensors").unlink()
     index = {"weight_map": {"layers.0.ffn.experts.0.w1.weight": "model-00001.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "first model-00001.safetensors: finish the download" in refuse(machine, str(model), [], {})
+    assert "model-00001.safetensors is named in model.safetensors.index.json but does not exist" in refuse(machine, str(model), [], {})
 
 
 def test_bad_machines(refuse, tmp_path):
