@@ -1,0 +1,77 @@
+"""Random layers and routing for tests and benchmarks of the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hopper_moe.quantization.packing import PackedExperts, pack_experts
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """One MoE layer. `local_experts`: experts of one rank at the expert parallelism people run it with (EP 8)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    local_experts: int
+    swiglu_limit: float | None = 10.0
+
+
+SHAPES = {
+    "flash": ModelShape(4096, 2048, 256, 6, 32),
+    "pro": ModelShape(7168, 3072, 384, 6, 48),
+    "v3": ModelShape(7168, 2048, 256, 8, 32, None),
+    "v4.1-flash": ModelShape(5120, 2304, 384, 6, 48),
+}
+ROUTINGS = ("uniform", "zipf", "one_hot")
+
+
+def random_experts(
+    shape: ModelShape, num_experts: int, generator: torch.Generator, device: str = "cuda", scale_bytes: tuple[int, int] = (118, 122)
+) -> PackedExperts:
+    """Uniform random E2M1 codes with UE8M0 bytes in `scale_bytes` (inclusive): every code, sign and scale step occurs."""
+
+    def bytes_of(low: int, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(low, high, size, dtype=torch.uint8, device=device, generator=generator)
+
+    hidden, inter, (low, high) = shape.hidden_size, shape.intermediate_size, scale_bytes
+    return pack_experts(
+        bytes_of(0, 256, num_experts, 2 * inter, hidden // 2),
+        bytes_of(low, high + 1, num_experts, 2 * inter, hidden // 32),
+        bytes_of(0, 256, num_experts, hidden, inter // 2),
+        bytes_of(low, high + 1, num_experts, hidden, inter // 32),
+    )
+
+
+def random_tokens(shape: ModelShape, num_tokens: int, generator: torch.Generator, device: str = "cuda") -> torch.Tensor:
+    """bf16 [num_tokens, hidden_size], standard normal with a different magnitude per token, as after a norm with a gain."""
+    x = torch.randn(num_tokens, shape.hidden_size, device=device, generator=generator)
+    gain = torch.rand(num_tokens, 1, device=device, generator=generator) + 0.5
+    return (x * gain).to(torch.bfloat16)
+
+
+def random_routing(
+    num_tokens: int, num_experts: int, top_k: int, routing: str, generator: torch.Generator, device: str = "cuda"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int32 ids [num_tokens, top_k], float32 weights summing to 1 per token).
+
+    uniform: every set of distinct experts equally likely. zipf: expert e drawn in proportion to 1 / (e + 1), distinct per token.
+    one_hot: every token's first slot is expert 0, the other slots uniform over the rest.
+    """
+    weight = torch.ones(num_experts, device=device)
+    if routing == "zipf":
+        weight = 1 / torch.arange(1, num_experts + 1, device=device)
+    # Gumbel top-k: distinct draws in proportion to `weight`, without a host loop
+    noise = -torch.log(-torch.log(torch.rand(num_tokens, num_experts, device=device, generator=generator).clamp(1e-9, 1 - 1e-7)))
+    score = noise + weight.log()
+    if routing == "one_hot":
+        score[:, 0] = torch.inf
+    elif routing not in ROUTINGS:
+        raise ValueError(f"routing {routing!r} is not one of {ROUTINGS}")
+    ids = score.topk(top_k, dim=1).indices.to(torch.int32)
+    weights = torch.rand(num_tokens, top_k, device=device, generator=generator) + 0.1
+    return ids.contiguous(), (weights / weights.sum(1, keepdim=True)).contiguous()

@@ -1,0 +1,42 @@
+// Packed E2M1 nibbles to E4M3 WGMMA fragments in registers, the block scale folded into the exponent.
+#pragma once
+#include "layout.cuh"
+#include "ptx/arithmetic.cuh"
+
+namespace hopper_moe {
+
+// E4M3 bytes of E2M1 magnitudes 0 .5 1 1.5 | 2 3 4 6, times 2**-kBaseShift: .5 * 2**-5 = 2**-6 is the smallest normal number (0x08).
+// One delta more adds 1 to the exponent field of every byte but the zero's.
+constexpr uint32_t kMagnitudeLow = 0x14100800u, kMagnitudeHigh = 0x24201C18u;
+static_assert(kBaseShift == 5, "the tables are written for it");
+
+// Eight values of one row and one k32 group: `even` are its k = 4q..4q+3, `odd` the same + 16.
+__device__ __forceinline__ void decode_word(uint32_t word, uint32_t low, uint32_t high, uint32_t& even, uint32_t& odd) {
+  const uint32_t magnitude = word & 0x77777777u;
+  even = ptx::prmt(low, high, magnitude) | (word & 0x80808080u);
+  odd = ptx::prmt(low, high, magnitude >> 16) | ((word << 4) & 0x80808080u);
+}
+
+// One 64 x 128 unit in shared memory to the A fragments of its four k32 WGMMAs (a[4 * group + register]).
+__device__ __forceinline__ void decode_unit(uint32_t* a, const uint8_t* unit, int warp, int lane) {
+  const uint32_t* deltas = reinterpret_cast<const uint32_t*>(unit + kUnitNibbleBytes) + warp * 16 + lane / 4;
+  const uint32_t delta[2] = {deltas[0], deltas[8]};
+  const uint4* words = reinterpret_cast<const uint4*>(unit) + warp * 64 + lane;
+  const uint4 half[2] = {words[0], words[32]};
+#pragma unroll
+  for (int group = 0; group < 4; ++group) {
+    const uint4& q = half[group / 2];
+    const uint32_t word[2] = {group % 2 ? q.z : q.x, group % 2 ? q.w : q.y};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t d = (delta[r] >> (8 * group)) & 0xFFu;
+      const uint32_t low = kMagnitudeLow + d * 0x08080800u, high = kMagnitudeHigh + d * 0x08080808u;
+      decode_word(word[r], low, high, a[4 * group + r], a[4 * group + 2 + r]);
+    }
+  }
+}
+
+// 2**(base + kBaseShift - 127): what decode_unit left out, applied once per row to the FP32 sum.
+__device__ __forceinline__ float row_scale(uint8_t base) { return __uint_as_float((uint32_t{base} + kBaseShift) << 23); }
+
+}  // namespace hopper_moe

@@ -1,0 +1,123 @@
+// Memory map of the fused MoE: the packed weights, the workspace and the order of tasks. Included by host and device, so that the
+// host sizes with the same code the kernels address with. Constants come from quantization/layout.py as -D defines.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace hopper_moe {
+
+constexpr int kUnitRows = HM_UNIT_ROWS;          // packed rows of one weight unit = rows of one WGMMA
+constexpr int kUnitK = HM_UNIT_K;                // k of one unit, and of one activation tile
+constexpr int kUnitBytes = HM_UNIT_BYTES;        // nibbles + scale deltas
+constexpr int kUnitNibbleBytes = kUnitRows * kUnitK / 2;
+constexpr int kActGroup = HM_ACT_GROUP;          // k per activation scale of x
+constexpr int kHGroup = HM_H_GROUP;              // features per activation scale of h
+constexpr int kBaseShift = HM_BASE_SHIFT;        // weight = e2m1 * 2**(delta - kBaseShift) * 2**(base + kBaseShift - 127)
+static_assert(kUnitRows == 64 && kUnitK == 128 && kHGroup == 128 && kActGroup == 256, "the kernels are written for this contract");
+
+constexpr int kRowTile = 2 * kUnitRows;          // rows of a weight tile: one unit per math warpgroup
+constexpr int kRowTileBytes = 2 * kUnitBytes;    // per k block
+constexpr int kMaxExperts = 400;                 // experts of all ranks together
+constexpr int kMaxRanks = 8;
+constexpr int kMaxTokenTile = 128;
+constexpr int kGroupTiles = 4;                   // row tiles of one column group: L2 finishes, and combine starts, group by group
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+struct Shape {
+  int hidden, intermediate, top_k;
+  int num_experts;                               // of all ranks
+  int num_local_experts, first_expert;           // of this rank
+  int num_ranks, rank;
+  int capacity;                                  // tokens per rank the workspace has room for
+
+  __host__ __device__ int num_scale_groups() const { return ceil_div(hidden, kActGroup); }
+  __host__ __device__ int num_features_tiles() const { return intermediate / kHGroup; }      // L1 tasks of one token block
+  __host__ __device__ int num_row_tiles() const { return hidden / kRowTile; }                // L2 tasks of one token block
+  __host__ __device__ int num_column_groups() const { return ceil_div(num_row_tiles(), kGroupTiles); }
+  __host__ __device__ int list_stride() const { return capacity * top_k; }
+  // Every expert's rows are padded to a whole token tile.
+  __host__ __device__ int64_t pool_rows() const { return int64_t{num_ranks} * capacity * top_k + int64_t{num_local_experts} * kMaxTokenTile; }
+  __host__ __device__ int max_blocks() const { return static_cast<int>(pool_rows() / 8); }   // token tiles are at least 8 wide
+};
+
+// Byte offsets into a rank's workspace. Peers read and write the first part; the second is private.
+struct Workspace {
+  // control, zero before the first launch
+  int64_t epoch;            // u32: launches so far; its parity picks the counters in use
+  int64_t exit_count;       // u32: CTAs that left the running launch
+  int64_t expert_count;     // u32 [2][num_experts]: slots this rank's tokens ask of every expert
+  int64_t x_ready;          // u32 [2][max_blocks]: pool rows written
+  int64_t h_ready;          // u32 [2][max_blocks]: L1 tasks finished
+  int64_t group_done;       // u32 [2][column groups]: (L2 task, warpgroup) pairs finished
+  int64_t control_bytes;    // everything above
+  // this rank's tokens, written by pre-dispatch
+  int64_t slot_list;        // u32 [num_experts][list_stride]: token * top_k + slot
+  int64_t x;                // E4M3 [capacity][hidden]
+  int64_t x_scale;          // f32 [capacity][scale groups]
+  int64_t topk_ids;         // i32 [capacity][top_k]
+  int64_t topk_weights;     // f32 [capacity][top_k]
+  int64_t combine;          // BF16 [capacity][top_k][hidden]
+  // pools of this rank's experts; a token block of N rows starting at row r begins at r times the row size
+  int64_t pool_x;           // E4M3 [block][hidden / 128][N][128], 128-byte swizzle
+  int64_t pool_x_scale;     // f32  [block][scale groups][N]
+  int64_t pool_weight;      // f32  [row]: routing weight
+  int64_t pool_slot;        // u32  [row]: source rank << 24 | token * top_k + slot
+  int64_t pool_h;           // E4M3 [block][intermediate / 128][N][128], 128-byte swizzle
+  int64_t pool_h_scale;     // f32  [block][intermediate / 128][N]
+  int64_t num_bytes;
+
+  explicit Workspace(const Shape& s) {
+    int64_t at = 0;
+    auto take = [&at](int64_t num_bytes) {
+      const int64_t begin = at;
+      at = (at + num_bytes + 1023) / 1024 * 1024;
+      return begin;
+    };
+    epoch = take(4);
+    exit_count = take(4);
+    expert_count = take(int64_t{8} * s.num_experts);
+    x_ready = take(int64_t{8} * s.max_blocks());
+    h_ready = take(int64_t{8} * s.max_blocks());
+    group_done = take(int64_t{8} * s.num_column_groups());
+    control_bytes = at;
+    slot_list = take(int64_t{4} * s.num_experts * s.list_stride());
+    x = take(int64_t{s.capacity} * s.hidden);
+    x_scale = take(int64_t{4} * s.capacity * s.num_scale_groups());
+    topk_ids = take(int64_t{4} * s.capacity * s.top_k);
+    topk_weights = take(int64_t{4} * s.capacity * s.top_k);
+    combine = take(int64_t{2} * s.capacity * s.top_k * s.hidden);
+    pool_x = take(s.pool_rows() * s.hidden);
+    pool_x_scale = take(4 * s.pool_rows() * s.num_scale_groups());
+    pool_weight = take(4 * s.pool_rows());
+    pool_slot = take(4 * s.pool_rows());
+    pool_h = take(s.pool_rows() * s.intermediate);
+    pool_h_scale = take(4 * s.pool_rows() * (s.intermediate / kHGroup));
+    num_bytes = at;
+  }
+};
+
+// How an expert's tokens are cut: blocks of `max_tile`, then one block of tail_tile[ceil(rest / 8)].
+struct TileTable {
+  int max_tile;
+  uint8_t tail_tile[kMaxTokenTile / 8 + 1];
+};
+
+struct MegaMoeParams {
+  Shape shape;
+  Workspace ws;
+  TileTable tiles;
+  float swiglu_limit;                 // +inf: no clamp
+  int num_tokens;
+  const uint8_t *w13_packed, *w13_base, *w2_packed, *w2_base;
+  uint16_t* y;                        // BF16 [num_tokens][hidden]
+  uint8_t* rank_base[kMaxRanks];      // workspaces of all ranks
+
+  template <typename T>
+  __device__ T* local(int64_t offset) const { return reinterpret_cast<T*>(rank_base[shape.rank] + offset); }
+  template <typename T>
+  __device__ T* peer(int rank, int64_t offset) const { return reinterpret_cast<T*>(rank_base[rank] + offset); }
+};
+
+}  // namespace hopper_moe

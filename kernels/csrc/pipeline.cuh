@@ -1,0 +1,125 @@
+// The ring of stages that carries weights and activations from the two producer warps to the two math warpgroups.
+//
+// Happens-before of one stage: math (all reads done) --arrive empty--> both producers --copy engine + arrive.expect_tx full--> math.
+// Weights and activations of a stage arrive on the same barrier but are issued by different warps: weights depend on nothing and run
+// ahead by the whole ring, activations follow when the rows they need are there.
+#pragma once
+#include "layout.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
+#include "scheduler.cuh"
+
+namespace hopper_moe {
+
+constexpr int kNumStages = 7;
+constexpr int kStageBytes = 26 * 1024;
+constexpr int kMathWarps = 8;
+constexpr int kMathThreads = 32 * kMathWarps;
+
+// What one stage holds for token tile N: chunks of 128 k. Activations first (their swizzle needs 1024-byte alignment), then weights, then
+// activation scales, then (last stage of an L2 task) the routing weight and slot of every row.
+__host__ __device__ constexpr int chunks_per_stage(int tile) { return tile <= 32 ? 2 : 1; }
+__host__ __device__ constexpr int stage_weights(int tile) { return chunks_per_stage(tile) * tile * kUnitK; }
+__host__ __device__ constexpr int stage_scales(int tile) { return stage_weights(tile) + chunks_per_stage(tile) * kRowTileBytes; }
+__host__ __device__ constexpr int stage_rows(int tile) { return stage_scales(tile) + chunks_per_stage(tile) * tile * 4; }
+__host__ __device__ constexpr int stage_end(int tile) { return stage_rows(tile) + 2 * tile * 4; }
+static_assert(stage_end(8) <= kStageBytes && stage_end(16) <= kStageBytes && stage_end(32) <= kStageBytes && stage_end(64) <= kStageBytes &&
+              stage_end(128) <= kStageBytes);
+
+struct StageCursor {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kNumStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+struct Ring {
+  uint8_t* stages;
+  uint32_t full, empty;    // shared addresses of kNumStages barriers each
+
+  __device__ __forceinline__ uint8_t* data(int stage) const { return stages + stage * kStageBytes; }
+  __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
+  __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
+  __device__ void init() const {
+    for (int i = 0; i < kNumStages; ++i) {
+      ptx::mbarrier_init(full_barrier(i), 2);               // weight producer, activation producer
+      ptx::mbarrier_init(empty_barrier(i), kMathWarps);
+    }
+  }
+};
+
+// One thread: streams the weights of this CTA's tasks.
+__device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring) {
+  const Shape& s = p.shape;
+  StageCursor cursor;
+  for (int index = blockIdx.x; index < tasks.num_tasks; index += gridDim.x) {
+    const Task task = tasks.get(table, p, index);
+    const int tile = task.block.tile, per_stage = chunks_per_stage(tile);
+    const int num_chunks = (task.is_l1 ? s.hidden : s.intermediate) / kUnitK;
+    const int num_row_tiles = task.is_l1 ? 2 * s.num_features_tiles() : s.num_row_tiles();
+    const int passes = task.is_l1 ? 2 : 1, first_row_tile = task.tile * passes;
+    const uint8_t* weights = (task.is_l1 ? p.w13_packed : p.w2_packed) +
+                             (int64_t{task.block.expert} * num_row_tiles + first_row_tile) * num_chunks * kRowTileBytes;
+    const bool once = table.block_base[task.block.expert + 1] - table.block_base[task.block.expert] == 1;
+    const uint64_t policy = once ? ptx::kEvictFirst : ptx::kEvictNormal;
+    for (int pass = 0; pass < passes; ++pass) {
+      for (int chunk = 0; chunk < num_chunks; chunk += per_stage) {
+        const uint32_t num_bytes = min(per_stage, num_chunks - chunk) * kRowTileBytes;
+        ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
+        ptx::mbarrier_arrive_expect_tx(ring.full_barrier(cursor.stage), num_bytes);
+        ptx::bulk_load(ptx::smem_address(ring.data(cursor.stage) + stage_weights(tile)), weights, num_bytes,
+                       ring.full_barrier(cursor.stage), policy);
+        weights += num_bytes;
+        cursor.advance();
+      }
+    }
+  }
+}
+
+// One thread: waits until a block's rows (L1) or features (L2) are complete, then streams them beside the weights.
+__device__ inline void produce_activations(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring,
+                                           uint32_t parity) {
+  const Shape& s = p.shape;
+  const uint32_t* x_ready = p.local<uint32_t>(p.ws.x_ready) + parity * s.max_blocks();
+  const uint32_t* h_ready = p.local<uint32_t>(p.ws.h_ready) + parity * s.max_blocks();
+  StageCursor cursor;
+  for (int index = blockIdx.x; index < tasks.num_tasks; index += gridDim.x) {
+    const Task task = tasks.get(table, p, index);
+    const int tile = task.block.tile, row = task.block.row, per_stage = chunks_per_stage(tile);
+    const int k = task.is_l1 ? s.hidden : s.intermediate, num_chunks = k / kUnitK;
+    const int chunks_per_group = task.is_l1 ? kActGroup / kUnitK : 1, num_groups = ceil_div(num_chunks, chunks_per_group);
+    const uint8_t* pool = p.local<uint8_t>(task.is_l1 ? p.ws.pool_x : p.ws.pool_h) + int64_t{row} * k;
+    const float* scales = p.local<float>(task.is_l1 ? p.ws.pool_x_scale : p.ws.pool_h_scale) + int64_t{row} * num_groups;
+    const uint32_t* ready = (task.is_l1 ? x_ready : h_ready) + task.block.index;
+    const uint32_t target = task.is_l1 ? task.block.num_rows : s.num_features_tiles();
+    while (ptx::load_acquire_gpu(ready) < target) {
+    }
+    ptx::fence_async_global();
+    for (int pass = 0; pass < (task.is_l1 ? 2 : 1); ++pass) {
+      for (int chunk = 0; chunk < num_chunks; chunk += per_stage) {
+        const int num = min(per_stage, num_chunks - chunk);
+        const int group = chunk / chunks_per_group, groups = ceil_div(chunk + num, chunks_per_group) - group;
+        const bool with_rows = !task.is_l1 && chunk + num == num_chunks;
+        const uint32_t tile_bytes = num * tile * kUnitK, scale_bytes = groups * tile * 4;
+        const uint32_t full = ring.full_barrier(cursor.stage);
+        const uint32_t data = ptx::smem_address(ring.data(cursor.stage));
+        ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
+        ptx::mbarrier_arrive_expect_tx(full, tile_bytes + scale_bytes + (with_rows ? 2 * tile * 4 : 0));
+        ptx::bulk_load(data, pool + int64_t{chunk} * tile * kUnitK, tile_bytes, full, ptx::kEvictNormal);
+        ptx::bulk_load(data + stage_scales(tile), scales + int64_t{group} * tile, scale_bytes, full, ptx::kEvictNormal);
+        if (with_rows) {
+          ptx::bulk_load(data + stage_rows(tile), p.local<float>(p.ws.pool_weight) + row, tile * 4, full, ptx::kEvictNormal);
+          ptx::bulk_load(data + stage_rows(tile) + tile * 4, p.local<uint32_t>(p.ws.pool_slot) + row, tile * 4, full, ptx::kEvictNormal);
+        }
+        cursor.advance();
+      }
+    }
+  }
+}
+
+}  // namespace hopper_moe

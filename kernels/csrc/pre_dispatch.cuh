@@ -1,0 +1,76 @@
+// Pre-dispatch: one launch from BF16 rows and routing to what the fused kernel reads: E4M3 rows with scales, the list of slots per expert.
+#pragma once
+#include "layout.cuh"
+#include "ptx/arithmetic.cuh"
+#include "ptx/memory.cuh"
+
+namespace hopper_moe {
+
+struct PreDispatchParams {
+  Shape shape;
+  Workspace ws;
+  const uint16_t* hidden_states;        // BF16 [num_tokens][hidden]
+  const int* topk_ids;                  // [num_tokens][top_k], global ids; negative or foreign: masked
+  const float* topk_weights;            // [num_tokens][top_k]
+  const int* num_valid_tokens;          // device, may be null: rows from it on are masked (CUDA graphs with changing counts)
+  float routed_scaling_factor;
+  int num_tokens, num_padded_tokens;    // rows in between get ids of -1
+  int expert_begin, expert_end;         // ids that any rank of this launch owns
+  uint8_t* workspace;
+};
+
+constexpr int kPreDispatchThreads = 256;
+
+__device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
+// One warp, one scale group of up to 256 features: 8 a lane.
+__device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out, float* scale, int lane, bool active) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (active) v = *reinterpret_cast<const uint4*>(in + lane * 8);
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  float amax = 7.8886090522101181e-31f;   // 2**-100: a zero group has a finite 448 / amax
+#pragma unroll
+  for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fmaxf(fabsf(bf16_low(words[i])), fabsf(bf16_high(words[i]))));
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
+  const float inverse = __fdiv_rn(448.f, amax);
+  uint32_t q[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    q[i] = ptx::to_e4m3x2(__fmul_rn(bf16_low(words[2 * i]), inverse), __fmul_rn(bf16_high(words[2 * i]), inverse)) |
+           static_cast<uint32_t>(ptx::to_e4m3x2(__fmul_rn(bf16_low(words[2 * i + 1]), inverse), __fmul_rn(bf16_high(words[2 * i + 1]), inverse)))
+               << 16;
+  }
+  if (active) *reinterpret_cast<uint2*>(out + lane * 8) = make_uint2(q[0], q[1]);
+  if (lane == 0) *scale = __fdiv_rn(amax, 448.f);
+}
+
+__global__ void __launch_bounds__(kPreDispatchThreads) pre_dispatch_kernel(const __grid_constant__ PreDispatchParams p) {
+  ptx::grid_dependency_launch();
+  const Shape& s = p.shape;
+  const int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  auto at = [&](int64_t offset) { return p.workspace + offset; };
+  const bool valid = token < p.num_tokens && (p.num_valid_tokens == nullptr || token < *p.num_valid_tokens);
+  if (threadIdx.x < s.top_k) {
+    const int slot = token * s.top_k + threadIdx.x;
+    const int id = valid ? p.topk_ids[slot] : -1;
+    const bool routed = id >= p.expert_begin && id < p.expert_end;
+    reinterpret_cast<int*>(at(p.ws.topk_ids))[slot] = routed ? id : -1;
+    reinterpret_cast<float*>(at(p.ws.topk_weights))[slot] = routed ? p.topk_weights[slot] * p.routed_scaling_factor : 0.f;
+    if (routed) {
+      const uint32_t parity = *reinterpret_cast<const uint32_t*>(at(p.ws.epoch)) & 1;
+      const uint32_t position = atomicAdd(reinterpret_cast<uint32_t*>(at(p.ws.expert_count)) + parity * s.num_experts + id, 1u);
+      reinterpret_cast<uint32_t*>(at(p.ws.slot_list))[int64_t{id} * s.list_stride() + position] = slot;
+    }
+  }
+  if (!valid) return;
+  const int num_groups = s.num_scale_groups();
+  for (int group = warp; group < num_groups; group += kPreDispatchThreads / 32) {
+    const int64_t first = int64_t{token} * s.hidden + group * kActGroup;
+    quantize_group(p.hidden_states + first, at(p.ws.x) + first, reinterpret_cast<float*>(at(p.ws.x_scale)) + token * num_groups + group, lane,
+                   group * kActGroup + lane * 8 < s.hidden);
+  }
+}
+
+}  // namespace hopper_moe

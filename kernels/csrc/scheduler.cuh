@@ -1,0 +1,133 @@
+// Who gets which tokens, and the order of tasks. Every CTA derives the same table from the expert counts, so nothing is communicated.
+#pragma once
+#include "layout.cuh"
+
+namespace hopper_moe {
+
+struct ExpertTable {                 // in shared memory; entry [num_local_experts] holds the totals
+  int slot_base[kMaxExperts + 1];    // valid rows before the expert
+  int row_base[kMaxExperts + 1];     // pool rows (padded) before the expert
+  int block_base[kMaxExperts + 1];   // token blocks before the expert
+  int rank_count[kMaxExperts];       // [rank][local expert]: rows that each source rank sends
+  int warp_total[3][16];
+};
+
+struct TokenBlock {
+  int expert, index;                 // local expert; block number over all experts
+  int row;                           // first pool row
+  int tile;                          // N: rows of the tile, padding included
+  int num_rows;                      // valid rows
+};
+
+// Largest i with base[i] <= value, base non-decreasing and base[0] == 0.
+__device__ __forceinline__ int find_expert(const int* base, int num_experts, int value) {
+  int low = 0, high = num_experts;   // base[low] <= value < base[high]
+  while (high - low > 1) {
+    const int mid = (low + high) / 2;
+    if (base[mid] <= value) low = mid; else high = mid;
+  }
+  return low;
+}
+
+__device__ __forceinline__ int tail_tile(const TileTable& tiles, int num_rows) { return tiles.tail_tile[(num_rows + 7) / 8]; }
+
+// Inclusive scan of three values over the CTA's first num_local_experts threads, as exclusive prefixes in the table. All threads call it.
+__device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParams& p, uint32_t parity) {
+  const Shape& s = p.shape;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  for (int i = thread; i < s.num_ranks * s.num_local_experts; i += blockDim.x) {
+    const int rank = i / s.num_local_experts, expert = i % s.num_local_experts;
+    const uint32_t* counts = p.peer<uint32_t>(rank, p.ws.expert_count) + parity * s.num_experts;
+    table.rank_count[i] = static_cast<int>(__ldcg(counts + s.first_expert + expert));
+  }
+  __syncthreads();
+  int carry[3] = {0, 0, 0};
+  for (int first = 0; first < s.num_local_experts; first += blockDim.x) {
+    const int expert = first + thread;
+    int value[3] = {0, 0, 0};
+    if (expert < s.num_local_experts) {
+      int count = 0;
+      for (int rank = 0; rank < s.num_ranks; ++rank) count += table.rank_count[rank * s.num_local_experts + expert];
+      const int full = count / p.tiles.max_tile, rest = count - full * p.tiles.max_tile;
+      value[0] = count;
+      value[1] = full * p.tiles.max_tile + (rest ? tail_tile(p.tiles, rest) : 0);
+      value[2] = full + (rest > 0);
+    }
+    int inclusive[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      inclusive[i] = value[i];
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int below = __shfl_up_sync(~0u, inclusive[i], step);
+        if (lane >= step) inclusive[i] += below;
+      }
+      if (lane == 31) table.warp_total[i][warp] = inclusive[i];
+    }
+    __syncthreads();
+    int* bases[3] = {table.slot_base, table.row_base, table.block_base};
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      int before = carry[i], total = carry[i];
+      for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
+        if (w < warp) before += table.warp_total[i][w];
+        total += table.warp_total[i][w];
+      }
+      if (expert < s.num_local_experts) {
+        bases[i][expert] = before + inclusive[i] - value[i];
+        if (expert == s.num_local_experts - 1) bases[i][s.num_local_experts] = before + inclusive[i];
+      }
+      carry[i] = total;
+    }
+    __syncthreads();
+  }
+}
+
+__device__ __forceinline__ TokenBlock token_block(const ExpertTable& table, const MegaMoeParams& p, int index) {
+  const int expert = find_expert(table.block_base, p.shape.num_local_experts, index);
+  const int first = (index - table.block_base[expert]) * p.tiles.max_tile;
+  const int rest = table.slot_base[expert + 1] - table.slot_base[expert] - first;
+  const bool full = rest >= p.tiles.max_tile;
+  return {expert, index, table.row_base[expert] + first, full ? p.tiles.max_tile : tail_tile(p.tiles, rest),
+          full ? p.tiles.max_tile : rest};
+}
+
+// The compiler keeps WGMMAs asynchronous only on paths it knows to be uniform over a warp; values from shared memory are not, until broadcast.
+__device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
+struct Task {
+  bool is_l1;
+  TokenBlock block;
+  int tile;    // L1: tile of 128 features (256 rows of w13). L2: tile of 128 rows of w2
+
+  __device__ __forceinline__ Task uniform() const {
+    return {static_cast<bool>(warp_uniform(is_l1)),
+            {warp_uniform(block.expert), warp_uniform(block.index), warp_uniform(block.row), warp_uniform(block.tile), warp_uniform(block.num_rows)},
+            warp_uniform(tile)};
+  }
+};
+
+// All L1 tasks, block by block, then all L2 tasks, column group by column group: while one group's tokens are combined the next one's
+// products run, and an expert's L2 starts long after its L1.
+struct TaskList {
+  int num_blocks, num_l1, num_tasks;
+
+  __device__ TaskList(const ExpertTable& table, const MegaMoeParams& p)
+      : num_blocks(table.block_base[p.shape.num_local_experts]),
+        num_l1(num_blocks * p.shape.num_features_tiles()),
+        num_tasks(num_l1 + num_blocks * p.shape.num_row_tiles()) {}
+
+  __device__ Task get(const ExpertTable& table, const MegaMoeParams& p, int index) const {
+    if (index < num_l1) {
+      const int per_block = p.shape.num_features_tiles(), block = index / per_block;
+      return {true, token_block(table, p, block), index - block * per_block};
+    }
+    index -= num_l1;
+    const int group = index / (num_blocks * kGroupTiles);
+    const int rest = index - group * num_blocks * kGroupTiles;
+    const int width = min(kGroupTiles, p.shape.num_row_tiles() - group * kGroupTiles), block = rest / width;
+    return {false, token_block(table, p, block), group * kGroupTiles + rest - block * width};
+  }
+};
+
+}  // namespace hopper_moe

@@ -1,0 +1,149 @@
+"""The fused FP4 MoE layer on SM90: Python face of `csrc/` (`kernels/CONTRACT.md` says what it computes)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hopper_moe.kernels import jit
+from hopper_moe.kernels.tile_table import TileTable, table_for
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization import layout
+
+if TYPE_CHECKING:
+    from hopper_moe.quantization.packing import PackedExperts
+
+# Order of the byte offsets that the library's workspace_layout returns (struct Workspace in csrc/layout.cuh).
+_WORKSPACE_FIELDS = (
+    "epoch", "exit_count", "expert_count", "x_ready", "h_ready", "group_done", "control_bytes", "slot_list", "x", "x_scale", "topk_ids",
+    "topk_weights", "combine", "pool_x", "pool_x_scale", "pool_weight", "pool_slot", "pool_h", "pool_h_scale", "num_bytes",
+)  # fmt: skip
+MAX_EXPERTS = 400  # kMaxExperts in csrc/layout.cuh: what the table in shared memory holds
+MAX_CAPACITY_SLOTS = 1 << 24  # a slot number shares 32 bits with the rank
+
+
+class MegaMoE:
+    """Workspace and launch of the fused kernel for one shape; shared by all layers of a model.
+
+    Calls are CUDA-graph capturable: no allocation besides the output, no host synchronisation, fixed addresses.
+    All calls on one object must be ordered on one stream (or by events): they share the workspace.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens_capacity: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        num_local_experts: int | None = None,
+        first_expert: int = 0,
+        device: torch.device | str = "cuda",
+        tiles: TileTable | None = None,
+    ) -> None:
+        """Allocates the workspace; `num_bytes` says how much.
+
+        Args:
+            num_tokens_capacity: most tokens one call may bring.
+            num_experts: size of the id space of `topk_ids`; this object computes the ids
+                `first_expert .. first_expert + num_local_experts - 1` (default: all), others are skipped.
+            tiles: token tiles; default: the table of this GPU's SKU.
+
+        Raises:
+            Refusal: sizes the kernel is not built for, or a device that is no SM90 GPU.
+        """
+        layout.check_shape(hidden_size, intermediate_size, num_experts, top_k)
+        num_local_experts = num_experts if num_local_experts is None else num_local_experts
+        if num_experts > MAX_EXPERTS:
+            raise Refusal(f"num_experts {num_experts} is above the {MAX_EXPERTS} the kernel's table holds.")
+        if not (0 <= first_expert and 0 < num_local_experts and first_expert + num_local_experts <= num_experts):
+            raise Refusal(f"experts {first_expert}..{first_expert + num_local_experts - 1} are not inside 0..{num_experts - 1}.")
+        if not 0 < num_tokens_capacity * top_k <= MAX_CAPACITY_SLOTS:
+            raise Refusal(f"num_tokens_capacity {num_tokens_capacity} must be 1..{MAX_CAPACITY_SLOTS // top_k} at top_k {top_k}.")
+        self.device = torch.device(device)
+        if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) != (9, 0):
+            raise Refusal(f"device {device} is no SM90 GPU (H20, H100, H200): use HOPPER_MOE_KERNEL=reference there.")
+        if self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.device)
+        self.hidden_size, self.intermediate_size, self.top_k = hidden_size, intermediate_size, top_k
+        self.num_experts, self.num_local_experts, self.first_expert = num_experts, num_local_experts, first_expert
+        self.capacity = num_tokens_capacity
+        self.tiles = tiles if tiles is not None else table_for(properties.name)
+        self._num_sms = properties.multi_processor_count
+        self._library = jit.load("mega_moe")
+        self._shape = [hidden_size, intermediate_size, top_k, num_experts, num_local_experts, first_expert, 1, 0, num_tokens_capacity]
+        self.offsets = dict(zip(_WORKSPACE_FIELDS, map(int, self._library["workspace_layout"](self._shape)), strict=True))
+        self.num_bytes = self.offsets["num_bytes"]
+        self.workspace = torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
+        self.workspace[: self.offsets["control_bytes"]].zero_()
+        torch.cuda.synchronize(self.device)  # zeroed before any stream may launch
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        packed: PackedExperts,
+        *,
+        swiglu_limit: float | None,
+        routed_scaling_factor: float = 1.0,
+        num_valid_tokens: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The layer's routed experts on this rank's tokens.
+
+        Args:
+            hidden_states: bf16 [num_tokens, hidden_size], contiguous.
+            topk_ids: int32 [num_tokens, top_k], global ids; -1 or an id that is not local: skipped.
+            topk_weights: float32 [num_tokens, top_k]; multiplied by `routed_scaling_factor` (1.0 when the router already did it).
+            swiglu_limit: the checkpoint's clamp; None: none.
+            num_valid_tokens: int32 [1] on the device: rows from it on are treated as masked (changing counts under graph replay).
+            out: bf16 [num_tokens, hidden_size] to write to; default: a fresh tensor.
+
+        Returns:
+            bf16 [num_tokens, hidden_size]; rows without a valid slot are exact zeros.
+        """
+        num_tokens = hidden_states.shape[0]
+        self._check(hidden_states, topk_ids, topk_weights, packed, num_valid_tokens)
+        y = torch.empty_like(hidden_states) if out is None else out
+        if num_tokens == 0:
+            return y
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            self._library["pre_dispatch"](
+                self._shape, self.workspace.data_ptr(), hidden_states.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(),
+                0 if num_valid_tokens is None else num_valid_tokens.data_ptr(), routed_scaling_factor, num_tokens, num_tokens,
+                self.first_expert, self.first_expert + self.num_local_experts, stream,
+            )  # fmt: skip
+            self._library["mega_moe"](
+                self._shape, [self.workspace.data_ptr()], self.tiles.as_list(), packed.w13_packed.data_ptr(), packed.w13_base.data_ptr(),
+                packed.w2_packed.data_ptr(), packed.w2_base.data_ptr(), y.data_ptr(),
+                float("inf") if swiglu_limit is None else swiglu_limit, num_tokens, self._num_sms, stream,
+            )  # fmt: skip
+        return y
+
+    def _check(self, hidden_states, topk_ids, topk_weights, packed, num_valid_tokens) -> None:
+        num_tokens = hidden_states.shape[0]
+        if num_tokens > self.capacity:
+            raise Refusal(f"{num_tokens} tokens are above the capacity {self.capacity}: raise HOPPER_MOE_MAX_TOKENS_PER_RANK.")
+        wanted = {
+            "hidden_states": (hidden_states, torch.bfloat16, (num_tokens, self.hidden_size)),
+            "topk_ids": (topk_ids, torch.int32, (num_tokens, self.top_k)),
+            "topk_weights": (topk_weights, torch.float32, (num_tokens, self.top_k)),
+        }
+        if num_valid_tokens is not None:
+            wanted["num_valid_tokens"] = (num_valid_tokens, torch.int32, (1,))
+        for name, (tensor, dtype, shape) in wanted.items():
+            if tensor.dtype is not dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != self.device:
+                raise Refusal(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, not a contiguous {dtype} {list(shape)} on {self.device}."
+                )
+        mine = (self.num_local_experts, self.hidden_size, self.intermediate_size, self.device)
+        if (packed.num_experts, packed.hidden_size, packed.intermediate_size, packed.device) != mine:
+            raise Refusal(
+                f"the packed experts are {packed.num_experts} x (hidden {packed.hidden_size}, intermediate {packed.intermediate_size}) on "
+                f"{packed.device}, this MegaMoE is for {mine[0]} x ({mine[1]}, {mine[2]}) on {mine[3]}."
+            )
