@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hopper_moe.launch.machine import GIB, HOPPER, Machine
 from hopper_moe.launch.model_facts import ModelFacts
 from hopper_moe.launch.sglang_args import LaunchPlan
+from hopper_moe.moe_backends.arguments import ARCHITECTURES
 from hopper_moe.moe_backends.env import Settings
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import Choice, LayerShape, choose, layer_refusals
@@ -30,6 +31,8 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
     except Refusal as refusal:
         return Report(None, (), (str(refusal),))
     shape, shape_refusals = _rank_shape(plan, facts, choice)
+    if facts.architecture not in ARCHITECTURES:
+        shape_refusals.append(f"{facts.architecture} is not served here, only {', '.join(ARCHITECTURES)}: use `sglang serve` for it.")
     refusals = shape_refusals + layer_refusals(choice.spec, shape)
     refusals += _gpu_refusals(plan, machine, choice)
     refusals += _capacity_refusals(plan, settings) if _exchanges(plan, choice) else []

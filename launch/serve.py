@@ -13,7 +13,8 @@ import click
 from hopper_moe.launch import machine as machines
 from hopper_moe.launch.model_facts import read_model
 from hopper_moe.launch.preflight import check
-from hopper_moe.launch.sglang_args import BACKEND, LaunchPlan, parse
+from hopper_moe.launch.sglang_args import LaunchPlan, parse
+from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.env import settings
 from hopper_moe.moe_backends.errors import Refusal
 

@@ -7,18 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+from hopper_moe.moe_backends.arguments import BACKEND, UNSUPPORTED
 from hopper_moe.moe_backends.errors import Refusal
-
-BACKEND = "hopper_moe"
-
-# Features whose layers or batches the plugin does not handle: flag -> what to do instead.
-UNSUPPORTED_FLAGS = {
-    "--enable-lora": "serve the merged weights",
-    "--enable-two-batch-overlap": "leave it out, the kernel overlaps by itself",
-    "--enable-single-batch-overlap": "leave it out, the kernel overlaps by itself",
-    "--enforce-shared-experts-fusion": "leave it out, the shared expert runs beside the kernel",
-}
-
 
 @dataclass(frozen=True)
 class LaunchPlan:
@@ -77,8 +67,8 @@ def _parser() -> _Parser:
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=_whole(1, 65535), default=30000)
-    for flag in UNSUPPORTED_FLAGS:
-        parser.add_argument(flag, action="store_true")
+    for field, flag, _ in UNSUPPORTED:  # some take values; that they are there is all that counts
+        parser.add_argument(flag, dest=field, nargs="*")
     return parser
 
 
@@ -96,9 +86,9 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
         problems.append(f"--quantization {read.quantization} does not fit: DeepSeek-V4 checkpoints declare fp8, leave it out.")
     if read.nnodes > 1:
         problems.append(f"--nnodes {read.nnodes} needs a network between GPUs: this kernel works inside one node, use data or pipeline parallelism across nodes.")
-    for flag, instead in UNSUPPORTED_FLAGS.items():
-        if getattr(read, flag.lstrip("-").replace("-", "_")):
-            problems.append(f"{flag} does not go with {BACKEND}: {instead}.")
+    for field, flag, reason in UNSUPPORTED:
+        if getattr(read, field) is not None:
+            problems.append(f"{flag} cannot run with --moe-runner-backend {BACKEND}, {reason}: leave it out.")
     ep_size = read.ep_size if read.ep_size is not None else 1
     if read.tp_size % ep_size:
         problems.append(f"--ep-size {ep_size} does not divide --tp-size {read.tp_size}: use {read.tp_size} or leave it out.")

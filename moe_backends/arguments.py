@@ -31,7 +31,7 @@ DEFAULT_CAPACITY = 8192
 _NOTE = "_HOPPER_MOE_PLAN"
 
 # (argument, flag, why not). A truthy value is refused.
-_UNSUPPORTED = (
+UNSUPPORTED = (
     ("enable_two_batch_overlap", "--enable-two-batch-overlap", "the fused kernel cannot run half a batch"),
     ("enable_single_batch_overlap", "--enable-single-batch-overlap", "the fused kernel has no dispatch to overlap with"),
     ("enable_lora", "--enable-lora", "adapters on packed FP4 experts would be ignored"),
@@ -90,7 +90,7 @@ def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) ->
             f"--speculative-moe-runner-backend {args.speculative_moe_runner_backend} beside --moe-runner-backend {BACKEND} "
             f"would serve the draft's FP4 experts with another kernel: drop --speculative-moe-runner-backend."
         )
-    for field, flag, reason in _UNSUPPORTED:
+    for field, flag, reason in UNSUPPORTED:
         value = getattr(args, field, None)
         if value:
             raise Refusal(f"{flag} ({value}) cannot run with --moe-runner-backend {BACKEND}, {reason}: drop one of the two.")
