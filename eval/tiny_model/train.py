@@ -58,14 +58,21 @@ def batches(tokenizer, batch_size: int, seed: int) -> Iterator[tuple[torch.Tenso
             yield ids, labels
 
 
-def select_every_entry(self, hidden_states, q_residual, position_ids, past_key_values, layer_idx):
-    """The lightning indexer's answer while a sequence has fewer entries than `index_topk`: all that are complete.
+def skip_indexer_scores() -> None:
+    """In training, let the lightning indexer return what it must while a sequence has at most `index_topk` entries: all of them.
 
-    Training sequences are far shorter than `index_topk * 4` tokens, so this is what the indexer would return, without
-    computing its scores (a third of a training step; its weights get no gradient either way).
+    Training sequences are far shorter than `index_topk * 4` tokens, so this changes nothing but the time: the scores are a third
+    of a training step, and the indexer's weights get no gradient either way.
     """
-    entries = torch.arange(hidden_states.shape[1] // self.compress_rate).expand(*hidden_states.shape[:2], -1)
-    return torch.where(entries >= ((position_ids + 1) // self.compress_rate).unsqueeze(-1), -1, entries)
+    whole = dsv4.DeepseekV4Indexer.forward
+
+    def forward(self, hidden_states, q_residual, position_ids, past_key_values, layer_idx):
+        if not self.training:
+            return whole(self, hidden_states, q_residual, position_ids, past_key_values, layer_idx)
+        entries = torch.arange(hidden_states.shape[1] // self.compress_rate).expand(*hidden_states.shape[:2], -1)
+        return torch.where(entries >= ((position_ids + 1) // self.compress_rate).unsqueeze(-1), -1, entries)
+
+    dsv4.DeepseekV4Indexer.forward = forward
 
 
 def balance_experts(model, speed: float) -> None:
@@ -90,7 +97,7 @@ def train(out: Path, steps: int, batch_size: int, peak: float, seed: int) -> Non
     torch.set_num_threads(1)
     tokenizer, model = build_tokenizer(), build_model(seed)
     model.set_experts_implementation("grouped_mm")
-    dsv4.DeepseekV4Indexer.forward = select_every_entry
+    skip_indexer_scores()
     balance_experts(model, speed=0.002)
     trained = {n: p for n, p in model.named_parameters() if ".indexer." not in n}
     groups = [

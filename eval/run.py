@@ -1,0 +1,232 @@
+"""One evaluation run: ask every question n times, grade, report. Killed at any point, the same call carries on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+from sgl_eval.runner import run_examples
+from sgl_eval.types import Example, GenConfig, Sample
+from tqdm import tqdm
+
+from hopper_moe.eval.benchmarks import Benchmark
+from hopper_moe.eval.journal import Journal
+from hopper_moe.eval.sampler import Sampler
+from hopper_moe.eval.statistics import Attempt, active_seconds, summarize
+from hopper_moe.moe_backends.errors import Refusal
+
+COMPLETE, INTERRUPTED, NO_SERVER = 0, 130, 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to ask. `seed` None sends no seed; otherwise every (question, repeat) gets its own, derived from it."""
+
+    n_repeats: int
+    temperature: float
+    top_p: float
+    max_tokens: int | None
+    thinking: bool
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One answer and its grade; `score` None: the request failed."""
+
+    sample: Sample
+    score: float | None
+    answer: str | None
+
+    def attempt(self) -> Attempt:
+        s = self.sample
+        tokens = (s.completion_tokens or 0, s.prompt_tokens or 0)
+        return Attempt(self.score, self.answer, s.finish_reason, *tokens, s.generation_start_time, s.generation_end_time)
+
+
+def request_seed(seed: int | None, example_id: str, repeat: int) -> int | None:
+    """Seed of one request: stable over restarts, different for every question and repeat."""
+    if seed is None:
+        return None
+    return int.from_bytes(hashlib.sha256(f"{seed}/{example_id}/{repeat}".encode()).digest()[:4]) >> 1
+
+
+def run_settings(benchmark: Benchmark, options: Options, base_url: str, sampler: Sampler) -> dict[str, Any]:
+    """Everything that decides the answers; a run directory only ever holds answers of one setting."""
+    return {
+        "benchmark": benchmark.name,
+        "data": benchmark.source,
+        "data_sha256": benchmark.data_sha256,
+        "questions": len(benchmark.examples),
+        "prompt": benchmark.prompt_name,
+        "base_url": base_url,
+        "model": sampler.model,
+        "server": _server_says(base_url, sampler.model),
+        **asdict(options),
+        "sgl_eval": version("sgl-eval"),
+    }
+
+
+def _server_says(base_url: str, model: str) -> dict[str, Any]:
+    """The model entry of /models without what changes at every start: the CPU host names its kernel there."""
+    entries = httpx.get(f"{base_url.rstrip('/')}/models", timeout=30).json().get("data", [])
+    entry = next((e for e in entries if e.get("id") == model), {})
+    return {k: v for k, v in entry.items() if k in ("kernel", "root", "max_model_len", "owned_by")}
+
+
+def default_directory(settings: dict[str, Any]) -> Path:
+    """The folder that a repeated call finds again: named after benchmark, model and a digest of all settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    model = Path(str(settings["model"])).name or "model"
+    return Path("eval-runs") / f"{settings['benchmark']}-{model}-{digest}"
+
+
+def open_directory(out: Path, settings: dict[str, Any], fresh: bool) -> None:
+    """Prepare the run directory. Raises `Refusal` when it holds a run with other settings."""
+    path = out / "settings.json"
+    if fresh and path.exists():
+        shutil.rmtree(out)
+    if path.exists():
+        known = json.loads(path.read_text())
+        for key in settings:
+            if known.get(key) != settings[key]:
+                raise Refusal(
+                    f"{out} holds a run with {key}={known.get(key)!r}, not {settings[key]!r}: give another --out, or --fresh to start over."
+                )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise Refusal(f"{out} is not empty and holds no run of ours: give another --out.")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    temporary.replace(path)
+
+
+class _Progress:
+    """The bar, and the grades so far; both are touched by the main thread only."""
+
+    def __init__(self, name: str, total: int, replayed: frozenset[tuple[str, int]]) -> None:
+        self._replayed = replayed
+        self.graded: dict[tuple[str, int], Graded] = {}
+        self._right = self._errors = 0
+        self.bar = tqdm(total=total, initial=len(replayed), desc=name, unit="answer", dynamic_ncols=True, smoothing=0.05)
+
+    def __call__(self, example: Example, repeat: int, sample: Sample, score: float, extracted: str | None) -> None:
+        failed = sample.finish_reason == "error"
+        self.graded[example.id, repeat] = Graded(sample, None, None) if failed else Graded(sample, score, extracted)
+        self._errors += failed
+        self._right += 0 if failed else score
+        accuracy = self._right / max(1, len(self.graded) - self._errors)
+        self.bar.set_postfix({"accuracy": f"{accuracy:.1%}", "errors": self._errors}, refresh=False)
+        if (example.id, repeat) not in self._replayed:
+            self.bar.update(1)
+
+
+def evaluate(
+    benchmark: Benchmark, sampler: Sampler, options: Options, settings: dict[str, Any], out: Path, concurrency: int
+) -> tuple[int, dict[str, Any] | None]:
+    """(exit status, metrics). Status `INTERRUPTED` (Ctrl-C) and `NO_SERVER` (nothing was ever answered) come without metrics.
+
+    Writes answers.jsonl while it runs, then records.jsonl and metrics.json. Call it from the main thread: the graders' timeouts
+    are signals.
+    """
+    journal = Journal(out / "answers.jsonl")
+    total = len(benchmark.examples) * options.n_repeats
+    progress = _Progress(benchmark.name, total, frozenset(journal.answers))
+    if journal.answers:
+        progress.bar.write(f"{out}: {len(journal.answers)} of {total} answers are there and not asked again (--fresh asks all again)")
+
+    def ask(example: Example, repeat: int) -> Sample:
+        known = journal.answers.get((example.id, repeat))
+        if known is not None:
+            return known
+        gen = GenConfig(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            max_tokens=options.max_tokens,
+            seed=request_seed(options.seed, example.id, repeat),
+            chat_template_kwargs={"thinking": True} if options.thinking else None,
+        )
+        sample = sampler(benchmark.messages(example), gen)
+        if sample.finish_reason != "error":
+            journal.add(example.id, repeat, gen.seed, sample)
+        return sample
+
+    previous = signal.signal(signal.SIGINT, lambda *_: sampler.abort())
+    try:
+        run_examples(
+            name=benchmark.name,
+            examples=benchmark.examples,
+            sample_fn=ask,
+            score_one_fn=lambda e, s: (0.0, None) if s.finish_reason == "error" else benchmark.grade(e, s),
+            num_threads=concurrency,
+            n_repeats=options.n_repeats,
+            progress=False,
+            on_sample_scored=progress,
+        )
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        progress.bar.close()
+        journal.close()
+    if sampler.hopeless:
+        print(f"gave up: the first {sampler.failed_requests} requests all failed, the last with {sampler.last_error}", file=sys.stderr)
+        return NO_SERVER, None
+    if len(progress.graded) < total:
+        print(f"stopped with {len(journal.answers)} of {total} answers in {out}: the same command carries on", file=sys.stderr)
+        return INTERRUPTED, None
+    metrics = write_report(benchmark, options, settings, progress.graded, sampler, out)
+    return COMPLETE, metrics
+
+
+def write_report(
+    benchmark: Benchmark,
+    options: Options,
+    settings: dict[str, Any],
+    graded: dict[tuple[str, int], Graded],
+    sampler: Sampler,
+    out: Path,
+) -> dict[str, Any]:
+    """records.jsonl (one line per request, in question order) and metrics.json; the metrics are returned too."""
+    questions: list[list[Attempt]] = []
+    with (out / "records.jsonl").open("w", encoding="utf-8") as records:
+        for e in benchmark.examples:
+            of_question = [graded[e.id, repeat] for repeat in range(options.n_repeats)]
+            questions.append([g.attempt() for g in of_question])
+            for repeat, g in enumerate(of_question):
+                record = {
+                    "id": e.id,
+                    "repeat": repeat,
+                    "seed": request_seed(options.seed, e.id, repeat),
+                    "problem": e.inputs["problem"],
+                    "expected_answer": e.target,
+                    "generation": g.sample.text,
+                    "reasoning_content": g.sample.reasoning_content,
+                    "predicted_answer": g.answer,
+                    "score": g.score,
+                    "finish_reason": g.sample.finish_reason,
+                    "prompt_tokens": g.sample.prompt_tokens,
+                    "completion_tokens": g.sample.completion_tokens,
+                    "start": g.sample.generation_start_time,
+                    "end": g.sample.generation_end_time,
+                }
+                records.write(json.dumps(record, ensure_ascii=False) + "\n")
+    metrics = summarize(questions)
+    seconds = active_seconds([a for q in questions for a in q])
+    metrics["timing"] = {
+        "active_seconds": seconds,
+        "output_tokens_per_second": metrics["completion_tokens"] / seconds if seconds else None,
+        "requests_this_session": sampler.requests,
+        "failed_requests_this_session": sampler.failed_requests,
+    }
+    temporary = out / "metrics.tmp"
+    temporary.write_text(json.dumps({**metrics, "settings": settings}, indent=1) + "\n")
+    temporary.replace(out / "metrics.json")
+    return metrics

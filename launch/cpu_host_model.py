@@ -1,0 +1,52 @@
+"""Loads a DeepSeek-V4 checkpoint (original naming, FP4 experts) for the CPU host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import logging as transformers_logging
+
+from hopper_moe.launch.cpu_host_experts import KERNELS, TRANSFORMERS, ExpertTensors, attach_packed_experts, use_kernel
+from hopper_moe.launch.model_facts import read_model
+from hopper_moe.moe_backends.errors import Refusal
+
+MAX_PARAMETERS = 2_000_000_000  # dequantised to FP32 on load: 8 GB
+
+
+def load(folder: str | Path, kernel: str):
+    """(model in FP32, tokenizer), experts running through `kernel` (one of `cpu_host_experts.KERNELS`).
+
+    Raises `Refusal` before any weight is read when the checkpoint or the kernel cannot be served here.
+    """
+    if kernel not in KERNELS:
+        raise Refusal(f"kernel {kernel} does not run on a CPU: choose one of {', '.join(KERNELS)}.")
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise Refusal(f"{folder} is no folder: the CPU host serves local checkpoints only, so download it first.")
+    facts = read_model(str(folder))
+    if facts.expert_dtype != "fp4":
+        raise Refusal(f"{folder}: experts are {facts.expert_dtype}, and the CPU host serves FP4 experts only.")
+    size = 3 * facts.hidden_size * facts.intermediate_size * facts.num_experts * facts.num_moe_layers
+    if size > MAX_PARAMETERS:
+        raise Refusal(
+            f"{folder}: {size / 1e9:.1f} billion expert parameters, and the CPU host takes at most {MAX_PARAMETERS / 1e9:.0f}: "
+            "serve it on a Hopper machine."
+        )
+    ExpertTensors(folder).check_types()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "deepseek_v4":
+        raise Refusal(f"{folder}: model_type {config.model_type}, and the CPU host knows deepseek_v4 only.")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # transformers keeps norms in FP32 but dequantises to BF16 whatever dtype is asked for; mixed types fail in the first matmul.
+    model = model.float().eval()
+    if kernel == TRANSFORMERS:
+        model.set_experts_implementation("grouped_mm")
+    else:
+        attach_packed_experts(model, folder)
+        use_kernel(model, kernel)
+    return model, AutoTokenizer.from_pretrained(folder)
