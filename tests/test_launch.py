@@ -1,0 +1,211 @@
+"""Launches that work: what preflight reports, what `serve` becomes, what `doctor` finds, and the command line around them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hopper_moe.launch import doctor_checks, serve, sglang_args
+from hopper_moe.launch import machine as machines
+from hopper_moe.launch.cli import COMMANDS, main
+from hopper_moe.launch.machine import GIB, Gpu, Machine
+from hopper_moe.launch.model_facts import ModelFacts, read_model
+from hopper_moe.launch.preflight import check, expert_bytes_per_rank
+from hopper_moe.moe_backends import env
+from hopper_moe.moe_backends.env import load
+from hopper_moe.moe_backends.registry import REGISTRY
+
+FLASH = ModelFacts("DeepseekV4ForCausalLM", 4096, 2048, 256, 6, 43, 10.0, "fp4")
+H200 = Gpu(0, "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB, 132, 18)
+EIGHT = Machine(tuple(replace(H200, index=index) for index in range(8)), driver="580.65")
+COMMAND = Path(sys.executable).with_name("hopper-moe")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("HOPPER_MOE_", "DG_USE_", "SGLANG_")):
+            monkeypatch.delenv(name)
+    env.settings.cache_clear()
+    yield
+    env.settings.cache_clear()
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {
+        "architectures": ["DeepseekV4ForCausalLM"], "hidden_size": 256, "moe_intermediate_size": 128, "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "num_hidden_layers": 4, "swiglu_limit": 10.0, "expert_dtype": "fp4",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    header = json.dumps({"norm.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    return folder
+
+
+def _report(arguments: list[str], environ: dict[str, str] | None = None, machine: Machine = EIGHT, facts: ModelFacts = FLASH):
+    plan, problems = sglang_args.parse("model", arguments)
+    assert problems == []
+    return check(plan, facts, machine, load(environ or {}))
+
+
+def test_flash_experts_take_the_bytes_of_the_format():
+    """One MXFP4 expert is 3*H*I*(1/2 + 1/32) bytes (kernels.md section 2); packing adds one base byte per row and no more."""
+    per_expert = 3 * 4096 * 2048 * (1 / 2 + 1 / 32) + 2 * 2048 + 4096
+    assert expert_bytes_per_rank(FLASH, 8, 2048) == 43 * 32 * per_expert
+
+
+def test_preflight_on_eight_h200():
+    report = _report(["--tp-size", "8", "--ep-size", "8"])
+    assert report.refusals == () and report.choice.spec.name == "mxfp4_mega"
+    assert "kernel   mxfp4_mega: the best that runs on compute capability 9.0" in report.lines
+    assert f"memory   {43 * 32 * 13377536 / GIB:.2f} GiB of packed expert weights per rank" in report.lines
+    assert "ranks    tensor parallel 8, expert parallel 8" in report.lines
+
+
+def test_tensor_parallel_slices_are_checked_as_slices():
+    assert _report(["--tp-size", "8"]).refusals == ()  # 2048 / 8 = 256
+    odd = replace(FLASH, intermediate_size=2304)  # V4.1-Flash: 2304 / 8 = 288 is no multiple of 128, whole experts are
+    assert any("intermediate_size 288" in sentence for sentence in _report(["--tp-size", "8"], facts=odd).refusals)
+    assert _report(["--tp-size", "8", "--ep-size", "8"], facts=odd).refusals == ()
+
+
+def test_capacity_and_peers_matter_only_to_a_kernel_that_exchanges_tokens(monkeypatch):
+    arguments = ["--tp-size", "8", "--attn-dp-size", "8", "--chunked-prefill-size", "131072"]
+    far = replace(EIGHT, blocked_peers=((0, 7), (7, 0)))
+    small = {"HOPPER_MOE_MAX_TOKENS_PER_RANK": "2048"}
+    spec = REGISTRY["mxfp4_mega"]
+    monkeypatch.setitem(REGISTRY, "mxfp4_mega", replace(spec, multi_rank=False))
+    assert _report(arguments, small, far).refusals == ()
+    monkeypatch.setitem(REGISTRY, "mxfp4_mega", replace(spec, multi_rank=True))
+    peers, capacity = _report(arguments, small, far).refusals
+    assert "GPUs 0->7, 7->0 cannot address each other's memory" in peers
+    assert "HOPPER_MOE_MAX_TOKENS_PER_RANK=2048 is below the 16384 tokens" in capacity  # 131072 over 8 ranks, divided once
+    assert _report(arguments, {"HOPPER_MOE_MAX_TOKENS_PER_RANK": "16384"}).refusals == ()
+
+
+def test_unknown_expert_type_is_left_to_the_loader():
+    assert _report(["--tp-size", "8", "--ep-size", "8"], facts=replace(FLASH, expert_dtype="unknown")).refusals == ()
+
+
+def test_model_facts(model):
+    assert read_model(str(model)) == ModelFacts("DeepseekV4ForCausalLM", 256, 128, 8, 2, 4, 10.0, "fp4")
+
+
+def test_serve_becomes_stock_sglang_on_hopper(model, monkeypatch):
+    started = {}
+    monkeypatch.setattr(os, "execvpe", lambda file, command, environ: started.update(command=command, environ=environ))
+    monkeypatch.setattr(machines, "detect", lambda: EIGHT)
+    arguments = ["--tp-size", "8", "--ep-size", "8", "--mem-fraction-static", "0.8", "--port", "31234"]
+    result = CliRunner().invoke(main, ["serve", str(model), *arguments])
+    assert result.exit_code == 0, result.output
+    stock = str(COMMAND.with_name("sglang"))
+    assert started["command"] == [stock, "serve", "--model-path", str(model), *arguments, "--moe-runner-backend", "hopper_moe"]
+    assert started["environ"]["PYTHONSAFEPATH"] == "1"
+    assert "preflight: kernel   mxfp4_mega" in result.output
+    again = CliRunner().invoke(main, ["serve", str(model), "--moe-runner-backend", "hopper_moe", "--dry-run", "--port", "31234"])
+    assert again.exit_code == 0 and again.output.count("--moe-runner-backend") == 1
+
+
+def test_the_same_command_uses_the_cpu_host_elsewhere(model, monkeypatch):
+    from hopper_moe.launch import cpu_host
+
+    served = {}
+    monkeypatch.setattr(cpu_host, "serve", lambda folder, **settings: served.update(folder=folder, **settings))
+    monkeypatch.setattr(machines, "detect", lambda: Machine())
+    arguments = ["--tp-size", "8", "--mem-fraction-static", "0.8", "--port", "31234"]
+    result = CliRunner().invoke(main, ["serve", str(model), *arguments])
+    assert result.exit_code == 0, result.output
+    assert served == {"folder": str(model), "host": "127.0.0.1", "port": 31234, "kernel": "reference"}
+    assert "have no meaning to it: --tp-size 8 --mem-fraction-static 0.8" in result.output
+    monkeypatch.setattr(machines, "detect", lambda: pytest.fail("--device cpu must not look for GPUs"))
+    forced = CliRunner().invoke(main, ["serve", str(model), "--device", "cpu", "--port", "31234"])
+    assert forced.exit_code == 0, forced.output
+
+
+def test_sglang_knows_every_argument_that_we_read():
+    """Our names for its arguments, against its real parser."""
+    import argparse
+
+    from sglang.srt.server_args import ServerArgs
+
+    stock = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(stock)
+    known = {option for action in stock._actions for option in action.option_strings}
+    ours = {option for action in sglang_args._parser()._actions for option in action.option_strings}
+    shorthand = {"--tp", "--dp"}  # taken by SGLang as an abbreviation or on older versions
+    assert ours - known <= shorthand, ours - known - shorthand
+
+
+def test_every_command_resolves():
+    for name, (target, _) in COMMANDS.items():
+        module, attribute = target.split(":")
+        command = getattr(importlib.import_module(module), attribute)
+        result = CliRunner().invoke(command, ["--help"])
+        assert result.exit_code == 0 and "Usage:" in result.output, name
+
+
+def test_doctor_is_right_on_this_machine(model):
+    """The real command on the real machine, stock SGLang included."""
+    import torch
+
+    shown = subprocess.run([COMMAND, "doctor", str(model)], capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    lines = {line[5:17].strip(): (line[:5].strip(), line[18:]) for line in shown.stdout.splitlines() if line[:5].strip()}
+    assert torch.__version__ in lines["torch"][1] and lines["plugin"][0] == "ok"
+    assert "places where the plugin hooks in look as in" in lines["sglang"][1] and lines["sglang"][0] == "ok"
+    if torch.cuda.is_available():
+        assert torch.cuda.get_device_name(torch.cuda.device_count() - 1) in lines["gpu"][1]
+    else:
+        assert lines["gpu"][0] == "note" and lines["kernel"][1].startswith("reference")
+    assert "GiB of packed expert weights per rank" in shown.stdout
+    assert "Ready. Works here: " in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "environ, subject",
+    [({"SGLANG_PLUGINS": "other"}, "plugin"), ({"HOPPER_MOE_KERNEL": "fp8_mega"}, "kernel"), ({"HOPPER_MOE_TYPO": "1"}, "environment")],
+)
+def test_doctor_fails_where_a_launch_would(environ, subject, monkeypatch):
+    monkeypatch.setattr(doctor_checks, "sglang", lambda: [])  # 20 s, and not what this is about
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1 and f"Not ready: {subject}." in result.output, result.output
+
+
+def test_doctor_names_hopper_gpus_and_blocked_peers():
+    [driver, *gpus] = doctor_checks.gpus(EIGHT)
+    assert driver.text == "580.65" and len(gpus) == 8 and all(finding.verdict == "ok" for finding in gpus)
+    assert gpus[3].text == "3: NVIDIA H200, compute capability 9.0, 132 SMs, 140 GiB HBM, 139 GiB free, 18 NVLinks up"
+    assert doctor_checks.peers(EIGHT)[0].verdict == "ok"
+    assert "0->1" in doctor_checks.peers(replace(EIGHT, blocked_peers=((0, 1),)))[0].text
+    broken = doctor_checks.gpus(Machine(driver="580.65"))[0]
+    assert broken.verdict == "FAIL" and "torch sees no device" in broken.text
+
+
+def test_third_party_kernels_check_notices_our_folder(monkeypatch):
+    assert doctor_checks.third_party_kernels().verdict == "ok"
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    monkeypatch.syspath_prepend(str(Path(serve.__file__).resolve().parent.parent))
+    importlib.invalidate_caches()
+    assert doctor_checks.third_party_kernels().verdict == "FAIL"
+
+
+@pytest.mark.gpu
+def test_detects_the_hopper_gpu():
+    import torch
+
+    found = machines.detect()
+    assert found.is_hopper and found.driver and len(found.gpus) == torch.cuda.device_count()
+    assert found.gpus[0].num_sms == torch.cuda.get_device_properties(0).multi_processor_count
