@@ -57,6 +57,7 @@ def _look(machine: machines.Machine, model: str | None, arguments: list[str]) ->
         return
     yield Finding(OK, "environment", "every variable is understood")
     yield checks.cache(found)
+    yield from checks.compiled()
     yield from _kernel(found, machine)
     if model:
         yield from _model(model, arguments, found, machine)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from hopper_moe.kernels import jit
 from hopper_moe.launch.machine import GIB, HOPPER, Machine
 from hopper_moe.moe_backends.env import Settings
 from hopper_moe.moe_backends.errors import Refusal
@@ -21,6 +24,7 @@ from hopper_moe.moe_backends.errors import Refusal
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 DISTRIBUTION = "sglang-hopper-moe"
 PLUGIN_GROUP = "sglang.srt.plugins"
+MIN_CUDA = (12, 3)  # the first nvcc that assembles every sm_90a instruction of the kernels
 MIN_DISK_GIB = 2  # a full kernel cache is far smaller; below this, compilers fail with odd messages
 
 
@@ -71,10 +75,31 @@ def peers(machine: Machine) -> list[Finding]:
 
 
 def compiler(machine: Machine) -> Finding:
-    path = shutil.which("nvcc") or _existing(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc")
-    if path:
-        return Finding(OK, "compiler", path)
-    return Finding(FAIL if machine.is_hopper else NOTE, "compiler", "no nvcc: install the CUDA toolkit or set CUDA_HOME to compile kernels")
+    try:
+        path = jit.find_nvcc()
+    except Refusal as refusal:
+        return Finding(FAIL if machine.is_hopper else NOTE, "compiler", str(refusal))
+    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        return Finding(FAIL if machine.is_hopper else NOTE, "compiler", f"{path} does not say its version: install the CUDA toolkit again")
+    version = tuple(int(part) for part in release.groups())
+    text = f"{path}, CUDA {version[0]}.{version[1]}"
+    if version < MIN_CUDA:
+        return Finding(FAIL if machine.is_hopper else NOTE, "compiler", f"{text}; sm_90a needs {MIN_CUDA[0]}.{MIN_CUDA[1]} or newer")
+    return Finding(OK, "compiler", text)
+
+
+def compiled() -> list[Finding]:
+    """Which kernel libraries the cache holds, for exactly these sources, flags and compiler."""
+    try:
+        paths = {name: jit.library_path(library) for name, library in jit.LIBRARIES.items()}
+    except (Refusal, ImportError):  # no compiler or no tvm-ffi: the lines above say so
+        return []
+    return [
+        Finding(OK, "kernels", f"{name} is {'compiled' if path.exists() else 'not compiled yet: happens once, at first use'}")
+        for name, path in paths.items()
+    ]
 
 
 def sglang() -> list[Finding]:
@@ -146,7 +171,3 @@ def _ranged(name: str, text: str, version: Version) -> Finding:
             tested = requirement.specifier.contains(version, prereleases=True)
             return Finding(OK if tested else NOTE, name, text if tested else f"{text}; outside the tested range {requirement.specifier}")
     raise LookupError(f"{DISTRIBUTION} declares no range for {name}")
-
-
-def _existing(path: Path) -> str | None:
-    return str(path) if path.exists() else None
