@@ -24,7 +24,7 @@ from hopper_moe.moe_backends.errors import Refusal
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 DISTRIBUTION = "sglang-hopper-moe"
 PLUGIN_GROUP = "sglang.srt.plugins"
-MIN_CUDA = (12, 3)  # the first nvcc that assembles every sm_90a instruction of the kernels
+MIN_CUDA = (12, 0)  # the first toolkit that knows sm_90a
 MIN_DISK_GIB = 2  # a full kernel cache is far smaller; below this, compilers fail with odd messages
 
 
