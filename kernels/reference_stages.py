@@ -139,7 +139,7 @@ def expert_slots(
 
 
 def combine_slots(slots: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-    """y = bf16(FP32 sum over k ascending of slots[:, k]), ids below 0 skipped. slots [P, K, H], topk_ids [P, K] -> bf16 [P, H]."""
+    """y = bf16(FP32 sum over ascending k of slots[:, k]), ids below 0 skipped. slots [P, K, H], ids [P, K] -> bf16 [P, H]."""
     total = torch.zeros(slots.shape[0], slots.shape[2], dtype=torch.float32, device=slots.device)
     for k in range(slots.shape[1]):
         total += slots[:, k].float().masked_fill(topk_ids[:, k, None] < 0, 0.0)

@@ -42,9 +42,9 @@ def write_checkpoint(
 
     Args:
         path: folder to make; it must not hold weights yet.
-        state: tensors by original name (`checkpoint_names.to_original_names`). Float weights of experts become MXFP4 (int8 bytes and
+        state: tensors by original name (`checkpoint_names.to_original_names`). Float weights of experts become MXFP4 (bytes and
             UE8M0 scales), of attention and shared-expert linears E4M3 in 128 x 128 blocks with UE8M0 scales, the rest BF16, FP32
-            (norms, hyper-connections, sinks, biases) or int64 (hash routing). A weight that comes with its `.scale` is kept as it is.
+            (norms, hyper-connections, sinks, biases) or int64 (hash routing). A weight with its `.scale` is kept as it is.
         config: the content of config.json (`checkpoint_names.original_config`).
         tokenizer_dir: folder whose tokenizer files and chat template are copied in.
 
@@ -56,7 +56,8 @@ def write_checkpoint(
         raise Refusal(f"{folder} already holds .safetensors files: give a new folder.")
     if config.get("expert_dtype") != "fp4" or config.get("quantization_config") != QUANTIZATION_CONFIG:
         raise Refusal(
-            f"config says expert_dtype={config.get('expert_dtype')!r} and quantization_config={config.get('quantization_config')!r}: "
+            f"config says expert_dtype={config.get('expert_dtype')!r}, "
+            f"quantization_config={config.get('quantization_config')!r}: "
             f"checkpoints written here have expert_dtype='fp4' and quantization_config={QUANTIZATION_CONFIG}."
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,7 @@ class Checkpoint:
             return reader.get_tensor(name)
 
     def layer_experts(self, layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(w13, w13_scale, w2, w2_scale) of all experts of `layer` ("layers.3"), uint8, w13 rows `[w1; w3]`, ready for `pack_experts`."""
+        """(w13, w13_scale, w2, w2_scale) of all experts of `layer` ("layers.3") as `pack_experts` takes them: uint8, `[w1; w3]`."""
 
         def stack(projection: str, part: str) -> torch.Tensor:
             names = [expert_tensor(layer, e, projection, part) for e in range(self.config["n_routed_experts"])]

@@ -1,4 +1,4 @@
-"""Is a checkpoint folder a whole DeepSeek-V4 checkpoint with FP4 experts? Headers and expert scales are read, no weights, no torch."""
+"""Is a folder a whole DeepSeek-V4 checkpoint with FP4 experts? Headers and expert scales are read, no weights, no torch."""
 
 from __future__ import annotations
 
@@ -53,9 +53,8 @@ def check_config(config: Mapping[str, Any], folder: Path, *, for_cuda_kernel: bo
         if config[key] % layout.MXFP4_GROUP:
             raise Refusal(f"{where}: {key} {config[key]} is not a multiple of {layout.MXFP4_GROUP}, the group of an FP4 scale.")
     if config["num_experts_per_tok"] > config["n_routed_experts"]:
-        raise Refusal(
-            f"{where}: num_experts_per_tok {config['num_experts_per_tok']} is above n_routed_experts {config['n_routed_experts']}."
-        )
+        top_k, num_experts = config["num_experts_per_tok"], config["n_routed_experts"]
+        raise Refusal(f"{where}: num_experts_per_tok {top_k} is above n_routed_experts {num_experts}: mend config.json.")
     limit, factor = config.get("swiglu_limit"), config.get("routed_scaling_factor", 1.0)
     for key, value, optional in (("swiglu_limit", limit, True), ("routed_scaling_factor", factor, False)):
         if not (optional and value is None) and not (type(value) in (int, float) and 0 < value < float("inf")):

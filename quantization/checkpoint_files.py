@@ -1,7 +1,7 @@
 """What the files of a checkpoint folder hold, from safetensors headers alone. No torch.
 
-The headers are read here and not by safetensors because that library refuses data types newer than itself, keeps the last of two equal
-names, and does not say where in the file a tensor lies, which reading scales only needs.
+The headers are read here and not by safetensors because that library refuses data types newer than itself, keeps the last of two
+equal names, and does not say where in the file a tensor lies, which reading scales only needs.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         for info in _read_header(file):
             if info.name in tensors:
                 raise Refusal(
-                    f"{info.name} is stored twice, in {tensors[info.name].file.name} and {file.name}: delete the file that is not "
-                    "part of the checkpoint."
+                    f"{info.name} is stored twice, in {tensors[info.name].file.name} and {file.name}: "
+                    "delete the file that is not part of the checkpoint."
                 )
             tensors[info.name] = info
     for name, file_name in (weight_map or {}).items():

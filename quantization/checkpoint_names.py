@@ -1,7 +1,7 @@
-"""Tensor names of DeepSeek-V4 checkpoints: the original naming, how each tensor is stored, and the way there from transformers' names.
+"""Tensor names of DeepSeek-V4 checkpoints: the original naming, how each is stored, and the way there from transformers.
 
 Original naming, one layer: `layers.N.attn.*`, `layers.N.ffn.gate.*`, `layers.N.ffn.shared_experts.w1|w2|w3.*`,
-`layers.N.ffn.experts.E.w1|w2|w3.weight` with `.scale` beside it; global: `embed.weight`, `head.weight`, `norm.weight`, `hc_head_*`.
+`layers.N.ffn.experts.E.w1|w2|w3.weight` with `.scale` beside it; global: `embed`, `head`, `norm` (.weight), `hc_head_*`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def storage(name: str) -> str:
 
 
 def to_original_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict of transformers' `DeepseekV4ForCausalLM` under the original names, the stacked experts taken apart (views)."""
+    """State dict of transformers' `DeepseekV4ForCausalLM` under the original names, the stacked experts taken apart (views)."""
     renamed = {}
     for name, tensor in state.items():
         for old, new in _RENAMES:
@@ -95,10 +95,11 @@ def original_config(config: PretrainedConfig) -> dict[str, Any]:
     """config.json of the original checkpoints for transformers' `DeepseekV4Config`; both SGLang and transformers read it."""
     compress = config.rope_parameters["compress"]
     same = (
-        "bos_token_id eos_token_id pad_token_id hc_eps hc_mult hc_sinkhorn_iters head_dim hidden_size index_head_dim index_n_heads "
-        "index_topk max_position_embeddings moe_intermediate_size n_routed_experts n_shared_experts num_attention_heads "
-        "num_experts_per_tok num_hidden_layers num_key_value_heads o_groups o_lora_rank q_lora_rank qk_rope_head_dim rms_norm_eps "
-        "compress_rope_theta routed_scaling_factor scoring_func sliding_window swiglu_limit vocab_size"
+        "bos_token_id eos_token_id pad_token_id hc_eps hc_mult hc_sinkhorn_iters head_dim hidden_size index_head_dim "
+        "index_n_heads index_topk max_position_embeddings moe_intermediate_size n_routed_experts n_shared_experts "
+        "num_attention_heads num_experts_per_tok num_hidden_layers num_key_value_heads o_groups o_lora_rank q_lora_rank "
+        "qk_rope_head_dim rms_norm_eps compress_rope_theta routed_scaling_factor scoring_func sliding_window swiglu_limit "
+        "vocab_size"
     )
     return {
         "architectures": ["DeepseekV4ForCausalLM"],
