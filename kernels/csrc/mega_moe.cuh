@@ -4,9 +4,10 @@
 
 namespace hopper_moe {
 
-constexpr int kMathRegisters = 224, kServiceRegisters = 64;
+constexpr int kMathRegisters = 224, kServiceRegisters = 56;
 constexpr int kNumThreads = kMathThreads + 128;
-static_assert(kMathThreads * kMathRegisters + 128 * kServiceRegisters <= 65536);
+// setmaxnreg shares out what the CTA got at launch, a multiple of 8 a thread; asking for more waits for ever.
+static_assert(kMathThreads * kMathRegisters + 128 * kServiceRegisters <= 65536 / kNumThreads / 8 * 8 * kNumThreads);
 constexpr int kServiceWarps = 2;    // dispatch and combine; the two others of their warpgroup are the producers
 
 template <int N>
