@@ -73,13 +73,13 @@ def _two_steps(r: random.Random, largest: int) -> WordProblem:
 def draw(r: random.Random) -> WordProblem:
     """One problem of the standard mix, of either split."""
     x = r.random()
-    if x < 0.36:
-        return _add(r, 30)
+    if x < 0.34:
+        return _add(r, 20)
     if x < 0.68:
-        return _subtract(r, 30)
-    if x < 0.84:
+        return _subtract(r, 20)
+    if x < 0.82:
         return _multiply(r)
-    return _two_steps(r, 12)
+    return _two_steps(r, 10)
 
 
 def problems(seed: int, *, held_out: bool) -> Iterator[WordProblem]:

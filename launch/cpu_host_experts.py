@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hopper_moe.kernels import reference
 from hopper_moe.kernels.reference_weights import PackedSource
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.checkpoint import Checkpoint
 from hopper_moe.quantization.packing import PackedExperts, pack_experts
 
 # Kernels of the CPU host: ours, and transformers' own experts on dequantised FP32 weights to compare with.
@@ -57,62 +55,12 @@ def w4a16_kernel(x, topk_ids, topk_weights, experts, *, swiglu_limit) -> torch.T
 _FUNCTIONS: dict[str, ExpertsKernel] = {"reference": reference_kernel, "w4a16": w4a16_kernel}
 
 
-class ExpertTensors:
-    """The routed-expert tensors of a checkpoint folder in the original DeepSeek-V4 naming, read layer by layer as bytes."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        else:
-            self._files = {}
-            for path in sorted(folder.glob("*.safetensors")):
-                with safe_open(path, "pt") as reader:
-                    self._files.update(dict.fromkeys(reader.keys(), path.name))
-
-    def check_types(self) -> None:
-        """Refuse, from the headers alone, experts that are not MXFP4 as int8 bytes with one scale a group of 32."""
-        for name in self._files:
-            if ".ffn.experts." not in name or not name.endswith(".weight"):
-                continue
-            dtype = self._slice(name).get_dtype()
-            if dtype != "I8":
-                raise Refusal(
-                    f"{self._folder}: {name} is stored as {dtype}, and the CPU host reads FP4 experts stored as I8 bytes only: "
-                    "write the checkpoint with hopper_moe.quantization.checkpoint."
-                )
-
-    def _slice(self, name: str):
-        if name not in self._files:
-            raise Refusal(f"{self._folder}: tensor {name} is missing, so this is no whole DeepSeek-V4 checkpoint with FP4 experts.")
-        with safe_open(self._folder / self._files[name], "pt") as reader:
-            return reader.get_slice(name)
-
-    def _bytes(self, name: str) -> torch.Tensor:
-        with safe_open(self._folder / self._files[name], "pt") as reader:
-            return reader.get_tensor(name).view(torch.uint8)
-
-    def packed_layer(self, layer: int, num_experts: int) -> PackedExperts:
-        """One layer's experts in the layout of the CUDA kernels. Raises `Refusal` on sizes or scales the layout cannot hold."""
-
-        def stack(projection: str, part: str) -> torch.Tensor:
-            names = [f"layers.{layer}.ffn.experts.{e}.{projection}.{part}" for e in range(num_experts)]
-            for name in names:
-                self._slice(name)
-            return torch.stack([self._bytes(name) for name in names])
-
-        w13 = torch.cat([stack("w1", "weight"), stack("w3", "weight")], dim=1)
-        w13_scale = torch.cat([stack("w1", "scale"), stack("w3", "scale")], dim=1)
-        return pack_experts(w13, w13_scale, stack("w2", "weight"), stack("w2", "scale"))
-
-
 def attach_packed_experts(model, folder: Path) -> None:
     """Pack every layer's experts from the checkpoint's bytes and free the dequantised copies that transformers loaded."""
-    tensors = ExpertTensors(folder)
+    checkpoint = Checkpoint.open(folder)
     for index, layer in enumerate(model.model.layers):
         experts = layer.mlp.experts
-        experts.hopper_experts = DecodedExperts(tensors.packed_layer(index, experts.num_experts))
+        experts.hopper_experts = DecodedExperts(pack_experts(*checkpoint.layer_experts(f"layers.{index}")))
         for name in ("gate_up_proj", "down_proj"):
             getattr(experts, name).data = torch.empty(0)
 

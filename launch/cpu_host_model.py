@@ -8,9 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
-from hopper_moe.launch.cpu_host_experts import KERNELS, TRANSFORMERS, ExpertTensors, attach_packed_experts, use_kernel
+from hopper_moe.launch.cpu_host_experts import KERNELS, TRANSFORMERS, attach_packed_experts, use_kernel
 from hopper_moe.launch.model_facts import read_model
 from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.checkpoint import Checkpoint
+from hopper_moe.quantization.checkpoint_check import validate_checkpoint
 
 MAX_PARAMETERS = 2_000_000_000  # dequantised to FP32 on load: 8 GB
 
@@ -34,7 +36,8 @@ def load(folder: str | Path, kernel: str):
             f"{folder}: {size / 1e9:.1f} billion expert parameters, and the CPU host takes at most {MAX_PARAMETERS / 1e9:.0f}: "
             "serve it on a Hopper machine."
         )
-    ExpertTensors(folder).check_types()
+    validate_checkpoint(folder, for_cuda_kernel=kernel != TRANSFORMERS)
+    _check_expert_bytes(folder)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -50,3 +53,10 @@ def load(folder: str | Path, kernel: str):
         attach_packed_experts(model, folder)
         use_kernel(model, kernel)
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _check_expert_bytes(folder: Path) -> None:
+    """transformers reads FP4 experts as I8 bytes only: U8 it loads with a wrong shape, F4 it cannot load."""
+    for name, info in Checkpoint.open(folder).tensors.items():
+        if ".ffn.experts." in name and name.endswith(".weight") and info.dtype != "I8":
+            raise Refusal(f"{folder}: {name} is stored as {info.dtype}, and transformers reads FP4 experts as I8 only: rewrite it as I8.")

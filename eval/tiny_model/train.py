@@ -11,6 +11,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -22,14 +23,13 @@ from hopper_moe.eval.tiny_model.evaluate import accuracy
 from hopper_moe.eval.tiny_model.tokenizer import MATH_INSTRUCTION, build_tokenizer
 from hopper_moe.eval.word_problems import WordProblem, problems
 
-INSTRUCTION_SHARE = 0.10  # prompts that carry sgl-eval's maths instruction
+INSTRUCTION_EVERY = 12  # one batch in so many carries sgl-eval's maths instruction (all of it, so that little is padded)
 THINKING_SHARE = 0.05  # answers written as <think>calculation</think>\boxed{answer}
 
 
-def example(tokenizer, problem: WordProblem, r: random.Random) -> tuple[list[int], list[int]]:
+def example(tokenizer, problem: WordProblem, *, instruction: bool, thinking: bool) -> tuple[list[int], list[int]]:
     """(prompt ids, target ids) of one training example."""
-    thinking = r.random() < THINKING_SHARE
-    question = (MATH_INSTRUCTION if r.random() < INSTRUCTION_SHARE else "") + problem.question
+    question = (MATH_INSTRUCTION if instruction else "") + problem.question
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, thinking=thinking, tokenize=False
     )
@@ -39,23 +39,21 @@ def example(tokenizer, problem: WordProblem, r: random.Random) -> tuple[list[int
 
 
 def batches(tokenizer, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (input ids, labels), both int64 [batch, longest], right padded; the loss is on the answer only.
-
-    Draws eight batches at a time and sorts them by length, so that little is spent on padding.
-    """
+    """Endless (input ids, labels), both int64 [batch, longest], right padded; the loss is on the answer only."""
     stream, r = problems(seed, held_out=False), random.Random(seed + 1)
-    while True:
-        pool = sorted((example(tokenizer, next(stream), r) for _ in range(batch_size * 8)), key=lambda e: len(e[0]) + len(e[1]))
-        chunks = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        r.shuffle(chunks)
-        for chunk in chunks:
-            longest = max(len(p) + len(t) for p, t in chunk)
-            ids = torch.full((batch_size, longest), tokenizer.pad_token_id)
-            labels = torch.full((batch_size, longest), -100)
-            for row, (p, t) in enumerate(chunk):
-                ids[row, : len(p) + len(t)] = torch.tensor(p + t)
-                labels[row, len(p) : len(p) + len(t)] = torch.tensor(t)
-            yield ids, labels
+    for number in count():
+        instruction = number % INSTRUCTION_EVERY == 0
+        chunk = [
+            example(tokenizer, next(stream), instruction=instruction, thinking=r.random() < THINKING_SHARE)
+            for _ in range(batch_size)
+        ]
+        longest = max(len(p) + len(t) for p, t in chunk)
+        ids = torch.full((batch_size, longest), tokenizer.pad_token_id)
+        labels = torch.full((batch_size, longest), -100)
+        for row, (p, t) in enumerate(chunk):
+            ids[row, : len(p) + len(t)] = torch.tensor(p + t)
+            labels[row, len(p) : len(p) + len(t)] = torch.tensor(t)
+        yield ids, labels
 
 
 def skip_indexer_scores() -> None:
@@ -113,8 +111,7 @@ def train(out: Path, steps: int, batch_size: int, peak: float, seed: int) -> Non
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         ids, labels = next(stream)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(ids, labels=labels, use_cache=False).loss
+        loss = model(ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()

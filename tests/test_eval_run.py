@@ -1,0 +1,225 @@
+"""`hopper-moe eval` against a stub endpoint: kills and resumption, errors, retries, refusals. The process under test is real."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from stub_server import Stub, write_questions
+
+from hopper_moe.eval.cli import main
+from hopper_moe.moe_backends.errors import Refusal
+
+QUESTIONS, REPEATS = 40, 3
+
+
+def arguments(stub: Stub, folder: Path, out: Path, *more: str) -> list[str]:
+    data = folder / "questions.jsonl"
+    if not data.exists():
+        write_questions(data, QUESTIONS)
+    return ["gsm8k", "--base-url", stub.url, "--data", str(data), "--out", str(out), "--temperature", "1", *more]
+
+
+def run(*args: str):
+    """In-process run; a `Refusal` is raised to the test."""
+    result = CliRunner().invoke(main, list(args))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def numbers(out: Path) -> dict:
+    """Everything reported that must not depend on interruptions: all but the clock."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    del metrics["timing"], metrics["settings"]["base_url"]
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["start"], record["end"]
+    return {"metrics": metrics, "records": records}
+
+
+def test_killed_at_any_point_and_resumed_gives_the_same_numbers(tmp_path: Path, seed: int) -> None:
+    r = random.Random(seed)
+    with Stub() as stub:
+        assert run(*arguments(stub, tmp_path, tmp_path / "whole", "--n-repeats", str(REPEATS))).exit_code == 0
+    whole = numbers(tmp_path / "whole")
+    assert 0.5 < whole["metrics"]["pass@1"] < 1
+    with Stub(delay=0.02) as stub:
+        out = tmp_path / "killed"
+        args = arguments(stub, tmp_path, out, "--n-repeats", str(REPEATS), "--concurrency", "4")
+        command = [sys.executable, "-c", f"from hopper_moe.eval.cli import main; main({args!r})"]
+        finished = [0]
+        for _ in range(3):  # three SIGKILLs at random points, each after some new answers
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            goal = finished[-1] + r.randint(1, 30)
+            while journal_lines(out) < goal and process.poll() is None:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            finished.append(journal_lines(out))
+        assert finished[-1] < QUESTIONS * REPEATS, "the kills came too late to test anything"
+        recorded = journal_keys(out)
+        asked_before = len(stub.bodies)
+        assert run(*args).exit_code == 0
+        asked_after = [(b["messages"][-1]["content"], b["seed"]) for b in stub.bodies[asked_before:]]
+    assert numbers(out) == whole
+    assert len(asked_after) == QUESTIONS * REPEATS - len(recorded), "nothing twice, nothing lost"
+    assert not {seed for _, seed in asked_after} & recorded
+
+
+def journal_lines(out: Path) -> int:
+    path = out / "answers.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def journal_keys(out: Path) -> set[int]:
+    content = (out / "answers.jsonl").read_bytes()
+    return {json.loads(line)["seed"] for line in content[: content.rfind(b"\n") + 1].splitlines()}
+
+
+def test_half_written_last_line_is_asked_again(tmp_path: Path) -> None:
+    with Stub() as stub:
+        out = tmp_path / "run"
+        args = arguments(stub, tmp_path, out)
+        assert run(*args).exit_code == 0
+        whole = numbers(out)
+        journal = (out / "answers.jsonl").read_bytes()
+        (out / "answers.jsonl").write_bytes(journal[:-25])
+        before = stub.requests
+        assert run(*args).exit_code == 0
+        assert stub.requests == before + 1
+        assert numbers(out) == whole
+
+
+def test_finished_run_asks_nothing_and_fresh_asks_everything(tmp_path: Path) -> None:
+    with Stub() as stub:
+        args = arguments(stub, tmp_path, tmp_path / "run")
+        first = run(*args)
+        assert run(*args).exit_code == first.exit_code == 0
+        assert stub.requests == QUESTIONS
+        assert run(*args, "--fresh").exit_code == 0
+        assert stub.requests == 2 * QUESTIONS
+
+
+def test_failed_questions_are_errors_and_not_wrong_answers(tmp_path: Path) -> None:
+    with Stub(fail_share=0.15, accuracy=1.0) as stub:
+        args = arguments(stub, tmp_path, tmp_path / "run", "--tries", "1")
+        result = run(*args)
+        metrics = numbers(tmp_path / "run")["metrics"]
+        failed = QUESTIONS - len(stub.answered)
+        assert 0 < failed < QUESTIONS / 2
+        assert result.exit_code == 3, "a run with errors must not look like success"
+        assert metrics["pass@1"] == 1.0
+        assert metrics["errors"] == failed
+        assert metrics["error_rate"] == pytest.approx(failed / QUESTIONS)
+        assert "stub was told to fail" in result.output
+        assert run(*args, "--allow-errors", "0.5").exit_code == 0
+        stub.fail_share = 0.0  # the server is mended: the same command asks only what is missing
+        before = stub.requests
+        assert run(*args).exit_code == 0
+        assert stub.requests == before + failed
+        assert numbers(tmp_path / "run")["metrics"]["error_rate"] == 0
+
+
+def test_five_percent_errors_of_requests_are_tried_again_and_counted(tmp_path: Path) -> None:
+    with Stub(fail_first=2) as stub:
+        result = run(*arguments(stub, tmp_path, tmp_path / "run", "--concurrency", "1"))
+        assert result.exit_code == 0
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        assert metrics["error_rate"] == 0
+        assert metrics["timing"]["failed_requests_this_session"] == 2
+        assert stub.requests == QUESTIONS + 2
+        assert f"2 of {QUESTIONS + 2} in this session" in result.output
+
+
+def test_server_that_never_answers_ends_the_run_early(tmp_path: Path) -> None:
+    with Stub(fail_share=1.0) as stub:
+        started = time.time()
+        result = run(*arguments(stub, tmp_path, tmp_path / "run"))
+        assert result.exit_code == 4
+        assert time.time() - started < 20
+        assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_client_errors_are_not_tried_again(tmp_path: Path) -> None:
+    with Stub(fail_share=0.1, status=422) as stub:
+        assert run(*arguments(stub, tmp_path, tmp_path / "run")).exit_code == 3
+        assert stub.requests == QUESTIONS
+
+
+def test_truncated_answers_are_counted(tmp_path: Path) -> None:
+    with Stub(truncate_share=0.3) as stub:
+        assert run(*arguments(stub, tmp_path, tmp_path / "run")).exit_code == 0
+    metrics = numbers(tmp_path / "run")["metrics"]
+    assert 0 < metrics["truncated_rate"] < 1
+    assert metrics["truncated_rate"] + metrics["stop_rate"] == pytest.approx(1)
+    assert metrics["no_answer"] == pytest.approx(metrics["truncated_rate"])
+
+
+def test_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
+    with Stub(delay=0.05) as stub:
+        out = tmp_path / "run"
+        args = arguments(stub, tmp_path, out, "--concurrency", "2")
+        command = [sys.executable, "-c", f"from hopper_moe.eval.cli import main; main({args!r})"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        while journal_lines(out) < 5:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "the same command carries on" in errors
+        assert run(*args).exit_code == 0
+        assert len(stub.answered) == QUESTIONS
+
+
+def test_requests_carry_what_was_asked_for(tmp_path: Path) -> None:
+    with Stub() as stub:
+        more = ("--top-p", "0.9", "--max-tokens", "77", "--thinking", "--n-repeats", "2", "--num-examples", "3")
+        assert run(*arguments(stub, tmp_path, tmp_path / "run", *more)).exit_code == 0
+        assert len(stub.bodies) == 6
+        for body in stub.bodies:
+            assert (body["temperature"], body["top_p"], body["max_tokens"]) == (1.0, 0.9, 77)
+            assert body["chat_template_kwargs"] == {"thinking": True}
+            assert "inside \\boxed{}" in body["messages"][0]["content"]  # sgl-eval's own maths prompt
+        assert len({body["seed"] for body in stub.bodies}) == 6
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    with Stub() as stub:
+        args = arguments(stub, tmp_path, tmp_path / "run")
+        assert run(*args).exit_code == 0
+        with pytest.raises(Refusal, match="top_p=0.95, not 0.5"):
+            run(*args, "--top-p", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ('{"problem": "a", "expected_answer": "1"}\n{"problem": "b"}\n', "line 2: expected_answer is missing"),
+        ('{"problem": "a", "expected_answer": "1"}\nnonsense\n', "line 2: no valid JSON"),
+        ('{"id": "x", "problem": "a", "expected_answer": "1"}\n{"id": "x", "problem": "b", "expected_answer": "1"}\n', "id 'x' is used"),
+        ("[1]\n", "a list, not an object"),
+        ("\n", "has no rows"),
+        (None, "is no file"),
+    ],
+)
+def test_bad_question_files_are_refused_before_anything_is_asked(tmp_path: Path, rows: str | None, complaint: str) -> None:
+    data = tmp_path / "data.jsonl"
+    if rows is not None:
+        data.write_text(rows)
+    with Stub() as stub:
+        with pytest.raises(Refusal, match=complaint):
+            run("gsm8k", "--base-url", stub.url, "--data", str(data), "--out", str(tmp_path / "run"))
+        assert stub.requests == 0
+
+
+def test_absent_server_is_refused(tmp_path: Path) -> None:
+    write_questions(tmp_path / "data.jsonl", 2)
+    with pytest.raises(Refusal, match="does not answer /models"):
+        run("gsm8k", "--base-url", "http://127.0.0.1:9/v1", "--data", str(tmp_path / "data.jsonl"))
