@@ -7,7 +7,7 @@ import torch
 
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
-from hopper_moe.quantization.codecs import decode_ue8m0, dequantize_mxfp4
+from hopper_moe.quantization.codecs import as_bytes, dequantize_mxfp4
 from hopper_moe.quantization.packing import PackedExperts, check_checkpoint_shapes, unpack_w2, unpack_w13
 
 
@@ -59,7 +59,7 @@ class Mxfp4Experts:
         self.num_experts, self.hidden_size, self.intermediate_size = shape
         self._tensors = (w13, w13_scale, w2, w2_scale)
         for name, scale in (("w13", w13_scale), ("w2", w2_scale)):
-            if bool(torch.isnan(decode_ue8m0(scale)).any()):
+            if bool((as_bytes(scale) == layout.UE8M0_NAN).any()):
                 raise Refusal(f"{name} has a scale byte {layout.UE8M0_NAN} (NaN): the checkpoint is damaged, fetch it again.")
 
     def w13(self, expert: int, dtype: torch.dtype) -> Matrix:
@@ -109,9 +109,9 @@ class Fp8BlockExperts:
         return Matrix(weight.to(dtype), scale.to(dtype).repeat_interleave(layout.FP8_BLOCK, 0)[: weight.shape[0]])
 
 
-Experts = PackedExperts | Mxfp4Experts | Fp8BlockExperts
+Experts = PackedExperts | ExpertSource  # the latter: Mxfp4Experts, Fp8BlockExperts or a source of the caller
 
 
 def as_source(experts: Experts) -> ExpertSource:
-    """Any of the three formats as a source of matrices."""
+    """Packed experts through their unpacking; any other source as it is."""
     return PackedSource(experts) if isinstance(experts, PackedExperts) else experts

@@ -34,7 +34,7 @@ def validate_checkpoint(path: str | Path, *, for_cuda_kernel: bool = False, prog
     check_config(config, folder, for_cuda_kernel=for_cuda_kernel)
     tensors = read_headers(folder)
     layers = check_experts(config, tensors)
-    _check_other_tensors(config, tensors)
+    check_other_tensors(config, tensors)
     scales = [tensors[name] for layer in layers.values() for name in layer if name.endswith(".scale")]
     for scale in tqdm(scales, desc="check scales", unit="tensor", disable=not progress):
         check_scale(scale)
@@ -120,7 +120,7 @@ def _check_complete(layer: str, found: Mapping[str, TensorInfo], num_experts: in
             )
 
 
-def _check_other_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+def check_other_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """Embedding, head and routers against config.json; every other FP8 weight against its scale grid."""
     hidden_size, num_experts, vocab_size = config["hidden_size"], config["n_routed_experts"], config["vocab_size"]
     wanted = {"embed.weight": (vocab_size, hidden_size), "head.weight": (vocab_size, hidden_size), "norm.weight": (hidden_size,)}

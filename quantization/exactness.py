@@ -34,7 +34,7 @@ class InexactExpert:
             limit = layout.MAX_BASE
         return (
             f"{where}: {found}, above the {limit} that the packed FP4 format holds exactly; "
-            "serve this layer with HOPPER_MOE_KERNEL=reference or w4a16."
+            "HOPPER_MOE_INEXACT_ROWS=reference runs such layers on the exact reference (slow)."
         )
 
 

@@ -82,7 +82,7 @@ def check_dims(hidden_size: int, intermediate_size: int) -> None:
         if value <= 0 or value % DIM_MULTIPLE:
             raise Refusal(
                 f"{name} {value} is not a positive multiple of {DIM_MULTIPLE}, which the packed FP4 format needs: "
-                "serve this model with HOPPER_MOE_KERNEL=reference or with another MoE backend."
+                "use another MoE backend for this model."
             )
 
 
