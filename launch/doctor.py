@@ -10,7 +10,7 @@ import click
 from hopper_moe.launch import doctor_checks as checks
 from hopper_moe.launch import machine as machines
 from hopper_moe.launch.doctor_checks import FAIL, NOTE, OK, Finding
-from hopper_moe.launch.model_facts import read_model
+from hopper_moe.launch.model_facts import read_model, require_complete
 from hopper_moe.launch.preflight import check
 from hopper_moe.launch.sglang_args import parse
 from hopper_moe.moe_backends.env import Settings, settings
@@ -76,7 +76,9 @@ def _model(model: str, arguments: list[str], found: Settings, machine: machines.
         plan, problems = parse(model, arguments)
         if not machine.is_hopper:
             plan, machine = plan.on_one_process(), machines.Machine()
-        report = check(plan, read_model(model), machine, found)
+        facts = read_model(model)
+        report = check(plan, facts, machine, found)
+        require_complete(model, facts)
     except Refusal as refusal:
         return [Finding(FAIL, "checkpoint", str(refusal))]
     lines = [Finding(OK, "checkpoint", " ".join(line.split())) for line in report.lines]

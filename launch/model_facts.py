@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.checkpoint_check import check_config, check_experts, check_other_tensors
 from hopper_moe.quantization.checkpoint_files import read_config, read_headers
 
 # Routed expert, first projection: DeepSeek's own naming and the Hugging Face one.
@@ -43,6 +44,21 @@ def read_model(model: str) -> ModelFacts:
         config = read_config(_hub_config(model).parent)
         dtype = None
     return _facts(model, config, dtype)
+
+
+def require_complete(model: str, facts: ModelFacts) -> None:
+    """Raises `Refusal` for the first tensor of a local FP4 checkpoint that is missing, doubled or of a wrong shape or type.
+
+    Headers only. SGLang skips expert tensors that it does not find, so an unfinished download would serve garbage.
+    """
+    folder = Path(model).expanduser()
+    if facts.expert_dtype != "fp4" or not folder.is_dir():
+        return
+    config = {**read_config(folder), "expert_dtype": "fp4"}  # SGLang never asks config.json for it, so it may be absent
+    tensors = read_headers(folder)
+    check_config(config, folder)
+    check_experts(config, tensors)
+    check_other_tensors(config, tensors)
 
 
 def _facts(model: str, config: dict[str, Any], dtype: str | None) -> ModelFacts:

@@ -11,7 +11,7 @@ import sys
 import click
 
 from hopper_moe.launch import machine as machines
-from hopper_moe.launch.model_facts import read_model
+from hopper_moe.launch.model_facts import read_model, require_complete
 from hopper_moe.launch.preflight import check
 from hopper_moe.launch.sglang_args import LaunchPlan, parse
 from hopper_moe.moe_backends.arguments import BACKEND
@@ -46,6 +46,7 @@ def serve(ctx: click.Context, model: str, dry_run: bool) -> None:
     if not on_cpu and importlib.util.find_spec("sglang") is None:
         problems.append("sglang is not installed: pip install 'sglang-hopper-moe[sglang]'.")
     _require_none(problems)
+    require_complete(model, facts)
     if on_cpu:
         _serve_on_cpu(plan, report.choice.spec.name, dry_run)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from hopper_moe.launch.preflight import check, expert_bytes_per_rank
 from hopper_moe.moe_backends import env
 from hopper_moe.moe_backends.env import load
 from hopper_moe.moe_backends.registry import REGISTRY
+from hopper_moe.quantization.checkpoint import write_checkpoint
+from small_checkpoint import CONFIG, edit_tensors, make_state
 
 FLASH = ModelFacts("DeepseekV4ForCausalLM", 4096, 2048, 256, 6, 43, 10.0, "fp4")
 H200 = Gpu(0, "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB, 132, 18)
@@ -39,18 +40,12 @@ def clean_environment(monkeypatch):
     env.settings.cache_clear()
 
 
-@pytest.fixture
-def model(tmp_path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    config = {
-        "architectures": ["DeepseekV4ForCausalLM"], "hidden_size": 256, "moe_intermediate_size": 128, "n_routed_experts": 8,
-        "num_experts_per_tok": 2, "num_hidden_layers": 4, "swiglu_limit": 10.0, "expert_dtype": "fp4",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    header = json.dumps({"norm.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    return folder
+SIZES = {"hidden_size": 256, "moe_intermediate_size": 128, "n_routed_experts": 8, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), make_state(1, **SIZES), {**CONFIG, **SIZES})
 
 
 def _report(arguments: list[str], environ: dict[str, str] | None = None, machine: Machine = EIGHT, facts: ModelFacts = FLASH):
@@ -99,7 +94,16 @@ def test_unknown_expert_type_is_left_to_the_loader():
 
 
 def test_model_facts(model):
-    assert read_model(str(model)) == ModelFacts("DeepseekV4ForCausalLM", 256, 128, 8, 2, 4, 10.0, "fp4")
+    assert read_model(str(model)) == ModelFacts("DeepseekV4ForCausalLM", 256, 128, 8, 2, 2, 10.0, "fp4")
+
+
+def test_an_unfinished_download_is_refused(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path / "model", make_state(1, **SIZES), {**CONFIG, **SIZES})
+    edit_tensors(folder, lambda tensors: tensors.pop("layers.1.ffn.experts.3.w2.scale"))
+    monkeypatch.setattr(doctor_checks, "sglang", lambda: [])  # 20 s, and not what this is about
+    for command in (["serve", str(folder), "--dry-run"], ["doctor", str(folder)]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code in (1, 2) and "layers.1.ffn.experts.3.w2.scale is missing" in result.output, result.output
 
 
 def test_serve_becomes_stock_sglang_on_hopper(model, monkeypatch):
