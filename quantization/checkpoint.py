@@ -132,7 +132,7 @@ class Checkpoint:
             return reader.get_tensor(name)
 
     def layer_experts(self, layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(w13, w13_scale, w2, w2_scale) of `layer` ("layers.3"), all experts, as `pack_experts` takes them: uint8, `[w1; w3]`."""
+        """(w13, w13_scale, w2, w2_scale) of `layer` ("layers.3"), every expert, as `pack_experts` takes it: uint8, `[w1; w3]`."""
 
         def stack(projection: str, part: str) -> torch.Tensor:
             names = [expert_tensor(layer, e, projection, part) for e in range(self.config["n_routed_experts"])]

@@ -147,7 +147,7 @@ def report_lines(found: Inspection) -> list[str]:
         ]
         if spans.num_inexact_rows:
             lines.append(
-                f"inexact            {spans.num_inexact_rows} rows (span up to {spans.worst_span}, the limit is {layout.MAX_DELTA}): "
+                f"inexact            {spans.num_inexact_rows} rows, span up to {spans.worst_span} of {layout.MAX_DELTA}: "
                 "HOPPER_MOE_INEXACT_ROWS refuses their layers or runs them on the slow exact reference"
             )
     for kernel in REGISTRY:
