@@ -43,8 +43,6 @@ def serve(ctx: click.Context, model: str, dry_run: bool) -> None:
     for line in report.lines:
         click.echo(f"preflight: {line}")
     problems = [*report.refusals, *_port_problem(plan)]
-    if not on_cpu and importlib.util.find_spec("sglang") is None:
-        problems.append("sglang is not installed: pip install 'sglang-hopper-moe[sglang]'.")
     _require_none(problems)
     require_complete(model, facts)
     if on_cpu:
@@ -68,6 +66,8 @@ def _require_none(problems: list[str]) -> None:
 
 
 def _become_sglang(plan: LaunchPlan, dry_run: bool) -> None:
+    if importlib.util.find_spec("sglang") is None:
+        raise Refusal("sglang, which does the serving on a Hopper machine, is not installed: pip install 'sglang-hopper-moe[sglang]'.")
     command = sglang_command(plan)
     click.echo("starting: " + " ".join(command))
     if dry_run:
