@@ -38,6 +38,7 @@ class Benchmark:
     data_sha256: str
     default_n_repeats: int
     default_thinking: bool
+    default_max_tokens: int | None  # None: the server's limit
     system_message: str | None
     _prompt: Path
     grade: Grader
@@ -82,6 +83,7 @@ def load(name: str, data: Path | None, num_examples: int | None) -> Benchmark:
         data_sha256=_digest(examples),
         default_n_repeats=repeats,
         default_thinking=thinking,
+        default_max_tokens=64 if name == "word_problems" else None,
         system_message=prompt["system"].format() if prompt.get("system") else None,
         _prompt=prompt_path,
         grade=_multichoice.make_score_one_fn() if category == "multichoice" else _math_grader(prompt),

@@ -1,22 +1,14 @@
-"""`hopper-moe eval ...`: score a served model, or compare two runs. Exit codes: 0 done, 2 refused, 3 requests failed, 4 no server
-answered, 130 interrupted (`compare` has its own, see there).
+"""`hopper-moe eval`: score a served model, or compare two runs.
+
+Exit codes of a benchmark: 0 done, 2 refused, 3 requests failed, 4 no server answered, 130 interrupted; `compare` adds its own.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Any
-
 import click
 
-BENCHMARKS = {
-    "gsm8k": "GSM8K, grade-school maths (1,319 questions; fetched, or --data FILE).",
-    "gpqa": "GPQA Diamond, graduate-level multiple choice (fetched from the hub, or --data FILE).",
-    "aime25": "AIME 2025 (30 questions, part of sgl-eval).",
-    "word_problems": "Our own synthetic one- and two-step problems, held out from the tiny model's training.",
-}
-ERRORS = 3
+from hopper_moe.eval.benchmark_cli import BENCHMARKS, benchmark_command
+from hopper_moe.eval.compare_cli import compare
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,95 +16,6 @@ def main() -> None:
     """Score a model behind any OpenAI-compatible endpoint, on sgl-eval's prompts and graders."""
 
 
-def run_options(command):
-    """The options that say how to ask; shared with `compare --serve`."""
-    for option in reversed(
-        (
-            click.option("--data", type=click.Path(path_type=Path), help="Local questions (JSON Lines: problem, expected_answer, id)."),
-            click.option("--num-examples", type=click.IntRange(1), help="Only the first N questions."),
-            click.option("--n-repeats", type=click.IntRange(1), help="Answers per question [default: the benchmark's own]."),
-            click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True),
-            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True),
-            click.option("--max-tokens", type=click.IntRange(1), help="Longest answer [default: the server's limit]."),
-            click.option("--thinking/--no-thinking", default=None, help="Thinking mode of the chat template [default: the benchmark's]."),
-            click.option("--seed", type=int, default=0, show_default=True, help="Every request gets its own seed derived from this."),
-            click.option("--no-seed", is_flag=True, help="Send no seeds."),
-            click.option("--concurrency", type=click.IntRange(1), default=32, show_default=True, help="Requests in flight."),
-            click.option("--tries", type=click.IntRange(1), default=4, show_default=True, help="Tries per question before it is an error."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def _benchmark_command(name: str, text: str) -> click.Command:
-    @click.command(name, help=text, short_help=text)
-    @click.option("--base-url", default="http://127.0.0.1:30000/v1", show_default=True)
-    @click.option("--model", help="Served model name [default: the first the server lists].")
-    @click.option("--api-key", default="EMPTY", envvar="OPENAI_API_KEY")
-    @click.option("--out", type=click.Path(path_type=Path), help="Run folder [default: eval-runs/NAME, the same for the same settings].")
-    @click.option("--fresh", is_flag=True, help="Throw away what the run folder holds and ask everything again.")
-    @click.option("--allow-errors", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Largest error rate with exit code 0.")
-    @run_options
-    def command(base_url: str, model: str | None, api_key: str, out: Path | None, fresh: bool, allow_errors: float, **how: Any) -> None:
-        status, _ = run_benchmark(name, base_url, model=model, api_key=api_key, out=out, fresh=fresh, allow_errors=allow_errors, **how)
-        sys.exit(status)
-
-    return command
-
-
-def run_benchmark(
-    name: str,
-    base_url: str,
-    *,
-    model: str | None = None,
-    api_key: str = "EMPTY",
-    out: Path | None = None,
-    fresh: bool = False,
-    allow_errors: float = 0.0,
-    data: Path | None = None,
-    num_examples: int | None = None,
-    n_repeats: int | None = None,
-    temperature: float = 0.0,
-    top_p: float = 0.95,
-    max_tokens: int | None = None,
-    thinking: bool | None = None,
-    seed: int = 0,
-    no_seed: bool = False,
-    concurrency: int = 32,
-    tries: int = 4,
-) -> tuple[int, Path]:
-    """One run, printed: (exit code, run folder). Call from the main thread. Raises `Refusal` before the first question is asked."""
-    from hopper_moe.eval import benchmarks, run
-    from hopper_moe.eval.sampler import Sampler
-    from hopper_moe.eval.summary import format_summary
-
-    benchmark = benchmarks.load(name, data, num_examples)
-    options = run.Options(
-        n_repeats=n_repeats or benchmark.default_n_repeats,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        thinking=benchmark.default_thinking if thinking is None else thinking,
-        seed=None if no_seed else seed,
-    )
-    if options.n_repeats > 1 and temperature == 0:
-        click.echo(f"note: temperature 0 makes all {options.n_repeats} repeats of a question the same; --temperature 1 varies them", err=True)
-    sampler = Sampler(base_url, model, api_key, tries)
-    settings = run.run_settings(benchmark, options, base_url, sampler)
-    out = out or run.default_directory(settings)
-    run.open_directory(out, settings, fresh)
-    status, metrics = run.evaluate(benchmark, sampler, options, settings, out, concurrency)
-    if metrics is None:
-        return status, out
-    click.echo(format_summary(name, metrics))
-    click.echo(f"records: {out}/records.jsonl   metrics: {out}/metrics.json")
-    if metrics["error_rate"] > allow_errors:
-        message = f"{metrics['errors']} questions got no answer (last error: {sampler.last_error}): run the same command again to ask only these"
-        click.echo(message, err=True)
-        return ERRORS, out
-    return 0, out
-
-
-for _name, _text in BENCHMARKS.items():
-    main.add_command(_benchmark_command(_name, _text))
+for _name in BENCHMARKS:
+    main.add_command(benchmark_command(_name))
+main.add_command(compare)

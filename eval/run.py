@@ -59,7 +59,9 @@ def request_seed(seed: int | None, example_id: str, repeat: int) -> int | None:
     return int.from_bytes(hashlib.sha256(f"{seed}/{example_id}/{repeat}".encode()).digest()[:4]) >> 1
 
 
-def run_settings(benchmark: Benchmark, options: Options, base_url: str, sampler: Sampler) -> dict[str, Any]:
+def run_settings(
+    benchmark: Benchmark, options: Options, base_url: str, sampler: Sampler, recorded_url: str | None = None
+) -> dict[str, Any]:
     """Everything that decides the answers; a run directory only ever holds answers of one setting."""
     return {
         "benchmark": benchmark.name,
@@ -67,7 +69,7 @@ def run_settings(benchmark: Benchmark, options: Options, base_url: str, sampler:
         "data_sha256": benchmark.data_sha256,
         "questions": len(benchmark.examples),
         "prompt": benchmark.prompt_name,
-        "base_url": base_url,
+        "base_url": recorded_url or base_url,
         "model": sampler.model,
         "server": _server_says(base_url, sampler.model),
         **asdict(options),

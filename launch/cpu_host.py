@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -20,9 +21,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from hopper_moe.launch.cpu_host_api import BadRequest, ChatBody, CompletionBody, TextBody, choice_text, engine_request
 from hopper_moe.launch.cpu_host_engine import Engine
-from hopper_moe.launch.cpu_host_experts import KERNELS
+from hopper_moe.launch.cpu_host_kernels import CPU_KERNELS
 from hopper_moe.launch.cpu_host_model import load
 from hopper_moe.moe_backends.env import settings
+from hopper_moe.moe_backends.errors import Refusal
 
 
 def create_app(engine: Engine, model_name: str, kernel: str) -> FastAPI:
@@ -106,11 +108,14 @@ def serve(model: str, *, host: str = "127.0.0.1", port: int = 30000, kernel: str
 @click.argument("model")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, default=30000, show_default=True)
-@click.option("--kernel", type=click.Choice(KERNELS), help="Default: HOPPER_MOE_KERNEL, else reference.")
+@click.option("--kernel", type=click.Choice(CPU_KERNELS), help="Default: HOPPER_MOE_KERNEL, else reference.")
 def main(model: str, host: str, port: int, kernel: str | None) -> None:
     """Serve MODEL, a DeepSeek-V4 checkpoint folder with FP4 experts, on OpenAI endpoints of this CPU."""
     serve(model, host=host, port=port, kernel=kernel)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(standalone_mode=False)
+    except Refusal as refusal:
+        sys.exit(f"cpu host: {refusal}")

@@ -14,10 +14,6 @@ from hopper_moe.kernels.reference_weights import PackedSource
 from hopper_moe.quantization.checkpoint import Checkpoint
 from hopper_moe.quantization.packing import PackedExperts, pack_experts
 
-# Kernels of the CPU host: ours, and transformers' own experts on dequantised FP32 weights to compare with.
-TRANSFORMERS = "transformers"
-KERNELS = ("reference", "w4a16", TRANSFORMERS)
-
 
 class DecodedExperts:
     """One layer's packed experts as the `ExpertSource` of the reference kernels, each matrix unpacked and decoded only once.

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
-from hopper_moe.launch.cpu_host_experts import KERNELS, TRANSFORMERS, attach_packed_experts, use_kernel
+from hopper_moe.launch.cpu_host_experts import attach_packed_experts, use_kernel
+from hopper_moe.launch.cpu_host_kernels import CPU_KERNELS, TRANSFORMERS
 from hopper_moe.launch.model_facts import read_model
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.checkpoint import Checkpoint
@@ -18,12 +19,12 @@ MAX_PARAMETERS = 2_000_000_000  # dequantised to FP32 on load: 8 GB
 
 
 def load(folder: str | Path, kernel: str):
-    """(model in FP32, tokenizer), experts running through `kernel` (one of `cpu_host_experts.KERNELS`).
+    """(model in FP32, tokenizer), experts running through `kernel` (one of `CPU_KERNELS`).
 
     Raises `Refusal` before any weight is read when the checkpoint or the kernel cannot be served here.
     """
-    if kernel not in KERNELS:
-        raise Refusal(f"kernel {kernel} does not run on a CPU: choose one of {', '.join(KERNELS)}.")
+    if kernel not in CPU_KERNELS:
+        raise Refusal(f"kernel {kernel} does not run on a CPU: choose one of {', '.join(CPU_KERNELS)}.")
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise Refusal(f"{folder} is no folder: the CPU host serves local checkpoints only, so download it first.")

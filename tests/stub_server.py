@@ -34,6 +34,7 @@ class Stub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet: two would wait for the client's delayed acknowledgement
 
             def log_message(self, *_args):
                 pass
@@ -45,6 +46,7 @@ class Stub:
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
+                self.wfile.flush()
 
             def do_GET(self):
                 if self.path.endswith("/log"):

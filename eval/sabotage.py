@@ -1,0 +1,59 @@
+"""Experts with one classic mistake each, to show that the evaluation catches them. Never part of a served kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hopper_moe.kernels.reference_weights import ExpertSource, Matrix
+from hopper_moe.launch.cpu_host_experts import ExpertsKernel, reference_kernel
+
+
+@dataclass(frozen=True)
+class SwappedGateUp:
+    """An expert source whose gate and up rows have changed places."""
+
+    source: ExpertSource
+
+    @property
+    def num_experts(self) -> int:
+        return self.source.num_experts
+
+    @property
+    def hidden_size(self) -> int:
+        return self.source.hidden_size
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.source.intermediate_size
+
+    def w13(self, expert: int, dtype: torch.dtype) -> Matrix:
+        matrix = self.source.w13(expert, dtype)
+        return Matrix(matrix.values.roll(self.intermediate_size, 0), matrix.block_scale)
+
+    def w2(self, expert: int, dtype: torch.dtype) -> Matrix:
+        return self.source.w2(expert, dtype)
+
+
+def sabotages(routed_scaling_factor: float) -> dict[str, ExpertsKernel]:
+    """Name -> the reference kernel with that mistake; the factor is the model's own, already inside the top-k weights."""
+
+    def factor_dropped(x, ids, weights, experts, *, swiglu_limit):
+        return reference_kernel(x, ids, weights / routed_scaling_factor, experts, swiglu_limit=swiglu_limit)
+
+    def factor_doubled(x, ids, weights, experts, *, swiglu_limit):
+        return reference_kernel(x, ids, weights * routed_scaling_factor, experts, swiglu_limit=swiglu_limit)
+
+    def clamp_missing(x, ids, weights, experts, *, swiglu_limit):
+        return reference_kernel(x, ids, weights, experts, swiglu_limit=None)
+
+    def gate_up_swapped(x, ids, weights, experts, *, swiglu_limit):
+        return reference_kernel(x, ids, weights, SwappedGateUp(experts), swiglu_limit=swiglu_limit)
+
+    return {
+        "scaling factor dropped": factor_dropped,
+        "scaling factor applied twice": factor_doubled,
+        "clamp missing": clamp_missing,
+        "gate and up swapped": gate_up_swapped,
+    }
