@@ -11,7 +11,10 @@ from hopper_moe.moe_backends.errors import Refusal
 # name -> (module:attribute of a click command, one line for the help page)
 COMMANDS = {
     "serve": ("hopper_moe.launch.serve:serve", "Serve a model: stock SGLang on Hopper, an embedded host on a CPU machine."),
-    "demo": ("hopper_moe.launch.demo:demo", "Make or use a small FP4 checkpoint, serve it, ask it, evaluate it, print the table."),
+    "demo": (
+        "hopper_moe.launch.demo:demo",
+        "Make or use a small FP4 checkpoint, serve it, ask it, evaluate it, print the table.",
+    ),
     "doctor": ("hopper_moe.launch.doctor:doctor", "Say what works on this machine, and for MODEL, line by line."),
     "env": ("hopper_moe.launch.env_report:env", "Print every environment variable, its value, and where that came from."),
     "eval": ("hopper_moe.eval.cli:main", "Evaluate a served model over its OpenAI endpoints."),

@@ -61,7 +61,9 @@ def gpus(machine: Machine) -> list[Finding]:
             f"{gpu.num_nvlinks} NVLinks up"
         )
         hopper = gpu.capability == HOPPER
-        findings.append(Finding(OK if hopper else NOTE, "gpu", text if hopper else f"{text}; not Hopper, the fused kernels do not run"))
+        findings.append(
+            Finding(OK if hopper else NOTE, "gpu", text if hopper else f"{text}; not Hopper, the fused kernels do not run")
+        )
     return findings
 
 
@@ -82,11 +84,15 @@ def compiler(machine: Machine) -> Finding:
     said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", said)
     if release is None:
-        return Finding(FAIL if machine.is_hopper else NOTE, "compiler", f"{path} does not say its version: install the CUDA toolkit again")
+        return Finding(
+            FAIL if machine.is_hopper else NOTE, "compiler", f"{path} does not say its version: install the CUDA toolkit again"
+        )
     version = tuple(int(part) for part in release.groups())
     text = f"{path}, CUDA {version[0]}.{version[1]}"
     if version < MIN_CUDA:
-        return Finding(FAIL if machine.is_hopper else NOTE, "compiler", f"{text}; sm_90a needs {MIN_CUDA[0]}.{MIN_CUDA[1]} or newer")
+        return Finding(
+            FAIL if machine.is_hopper else NOTE, "compiler", f"{text}; sm_90a needs {MIN_CUDA[0]}.{MIN_CUDA[1]} or newer"
+        )
     return Finding(OK, "compiler", text)
 
 
@@ -130,7 +136,9 @@ def _seams() -> Finding:
 def plugin() -> Finding:
     names = [point.name for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)]
     if "hopper_moe" not in names:
-        return Finding(FAIL, "plugin", f"entry point hopper_moe of group {PLUGIN_GROUP} is not visible: install {DISTRIBUTION} with pip")
+        return Finding(
+            FAIL, "plugin", f"entry point hopper_moe of group {PLUGIN_GROUP} is not visible: install {DISTRIBUTION} with pip"
+        )
     wanted = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
     if wanted and "hopper_moe" not in wanted:
         return Finding(FAIL, "plugin", f"SGLANG_PLUGINS={','.join(wanted)} leaves out hopper_moe: add it or unset SGLANG_PLUGINS")
@@ -169,5 +177,7 @@ def _ranged(name: str, text: str, version: Version) -> Finding:
         requirement = Requirement(line)
         if requirement.name == name:
             tested = requirement.specifier.contains(version, prereleases=True)
-            return Finding(OK if tested else NOTE, name, text if tested else f"{text}; outside the tested range {requirement.specifier}")
+            return Finding(
+                OK if tested else NOTE, name, text if tested else f"{text}; outside the tested range {requirement.specifier}"
+            )
     raise LookupError(f"{DISTRIBUTION} declares no range for {name}")

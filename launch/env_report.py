@@ -18,10 +18,14 @@ def env() -> None:
         value = getattr(settings, variable.field)
         shown = {None: "unset", True: "1", False: "0"}.get(value, value) if value is None or isinstance(value, bool) else value
         click.echo(f"{variable.name} = {shown}   [{settings.sources[variable.field]}]")
-        click.echo(f"    {variable.meaning}; values: {variable.values}" + (f"; older name: {variable.legacy}" if variable.legacy else ""))
+        click.echo(
+            f"    {variable.meaning}; values: {variable.values}" + (f"; older name: {variable.legacy}" if variable.legacy else "")
+        )
     click.echo("\nOlder switches, which narrow HOPPER_MOE_KERNEL:")
     for switch in LEGACY_SWITCHES:
         click.echo(f"{switch.name} = {os.environ.get(switch.name, 'unset')}\n    {switch.meaning}")
-    click.echo(f"{LEGACY_ALWAYS_ON} = {os.environ.get(LEGACY_ALWAYS_ON, 'unset')}\n    always on here: 1 changes nothing, 0 is refused")
+    click.echo(
+        f"{LEGACY_ALWAYS_ON} = {os.environ.get(LEGACY_ALWAYS_ON, 'unset')}\n    always on here: 1 changes nothing, 0 is refused"
+    )
     for line in settings.translations:
         click.echo(f"translated: {line}")

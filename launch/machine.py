@@ -61,9 +61,7 @@ def detect() -> Machine:
                 active_nvlinks(str(properties.uuid)),
             )
         )
-    blocked = tuple(
-        (i, j) for i in range(count) for j in range(count) if i != j and not torch.cuda.can_device_access_peer(i, j)
-    )
+    blocked = tuple((i, j) for i in range(count) for j in range(count) if i != j and not torch.cuda.can_device_access_peer(i, j))
     return Machine(tuple(gpus), blocked, driver_version())
 
 

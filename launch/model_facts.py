@@ -39,7 +39,9 @@ def read_model(model: str) -> ModelFacts:
     elif folder.exists():
         raise Refusal(f"{model} is a file, not a checkpoint: give the folder that holds config.json and the safetensors files.")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise Refusal(f"{model} does not exist: give a checkpoint folder or a Hugging Face id like deepseek-ai/DeepSeek-V4-Flash.")
+        raise Refusal(
+            f"{model} does not exist: give a checkpoint folder or a Hugging Face id like deepseek-ai/DeepSeek-V4-Flash."
+        )
     else:
         config = read_config(_hub_config(model).parent)
         dtype = None
@@ -65,11 +67,15 @@ def _facts(model: str, config: dict[str, Any], dtype: str | None) -> ModelFacts:
     def integer(key: str, default: int | None = None) -> int:
         value = config.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise Refusal(f"{model}: config.json has {key}={value!r}, but a whole number is needed there: is it a DeepSeek-V4 model?")
+            raise Refusal(
+                f"{model}: config.json has {key}={value!r}, but a whole number is needed there: is it a DeepSeek-V4 model?"
+            )
         return value
 
     if not config.get("n_routed_experts"):
-        raise Refusal(f"{model}: config.json has no n_routed_experts, so there are no experts to serve: use `sglang serve` for it.")
+        raise Refusal(
+            f"{model}: config.json has no n_routed_experts, so there are no experts to serve: use `sglang serve` for it."
+        )
     declared = config.get("expert_dtype")
     if dtype is not None and declared is not None and declared != dtype:
         raise Refusal(f"{model}: config.json says expert_dtype={declared}, but the expert weights are {dtype}: mend config.json.")
@@ -83,7 +89,9 @@ def _facts(model: str, config: dict[str, Any], dtype: str | None) -> ModelFacts:
         intermediate_size=integer("moe_intermediate_size"),
         num_experts=integer("n_routed_experts"),
         top_k=integer("num_experts_per_tok"),
-        num_moe_layers=integer("num_hidden_layers") - integer("first_k_dense_replace", 0) + integer("num_nextn_predict_layers", 0),
+        num_moe_layers=integer("num_hidden_layers")
+        - integer("first_k_dense_replace", 0)
+        + integer("num_nextn_predict_layers", 0),
         swiglu_limit=limit,
         expert_dtype=dtype or declared or "unknown",
     )
@@ -102,9 +110,13 @@ def _hub_config(model: str) -> Path:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
-        raise Refusal(f"{model} looks like a Hugging Face id, but huggingface_hub is not installed: give a local folder.") from None
+        raise Refusal(
+            f"{model} looks like a Hugging Face id, but huggingface_hub is not installed: give a local folder."
+        ) from None
     try:
         return Path(hf_hub_download(model, "config.json"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(f"{model}: its config.json cannot be fetched ({reason}): give a local folder or mend the connection.") from None
+        raise Refusal(
+            f"{model}: its config.json cannot be fetched ({reason}): give a local folder or mend the connection."
+        ) from None

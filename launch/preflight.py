@@ -32,7 +32,9 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
         return Report(None, (), (str(refusal),))
     shape, shape_refusals = _rank_shape(plan, facts, choice)
     if facts.architecture not in ARCHITECTURES:
-        shape_refusals.append(f"{facts.architecture} is not served here, only {', '.join(ARCHITECTURES)}: use `sglang serve` for it.")
+        shape_refusals.append(
+            f"{facts.architecture} is not served here, only {', '.join(ARCHITECTURES)}: use `sglang serve` for it."
+        )
     refusals = shape_refusals + layer_refusals(choice.spec, shape)
     refusals += _gpu_refusals(plan, machine, choice)
     refusals += _capacity_refusals(plan, settings) if _exchanges(plan, choice) else []
@@ -67,13 +69,20 @@ def _rank_shape(plan: LaunchPlan, facts: ModelFacts, choice: Choice) -> tuple[La
     refusals = []
     exchanges = _exchanges(plan, choice)
     if exchanges and plan.tp_size > 1 and not choice.spec.multi_rank:
-        refusals.append(f"--moe-a2a-backend megamoe: {choice.spec.name} exchanges no tokens between ranks in this release, leave it out.")
+        refusals.append(
+            f"--moe-a2a-backend megamoe: {choice.spec.name} exchanges no tokens between ranks in this release, leave it out."
+        )
     if exchanges and plan.ep_size not in (1, plan.tp_size):
-        refusals.append(f"--ep-size {plan.ep_size}: {choice.spec.name} spreads experts over all {plan.tp_size} ranks, leave it out.")
+        refusals.append(
+            f"--ep-size {plan.ep_size}: {choice.spec.name} spreads experts over all {plan.tp_size} ranks, leave it out."
+        )
     ep_size = plan.tp_size if exchanges else plan.ep_size
     moe_tp = plan.tp_size // ep_size
     if moe_tp > 1 and facts.intermediate_size % moe_tp:
-        refusals.append(f"intermediate size {facts.intermediate_size} does not divide by {moe_tp} tensor-parallel ranks: use --ep-size {plan.tp_size}.")
+        refusals.append(
+            f"intermediate size {facts.intermediate_size} does not divide by {moe_tp} tensor-parallel ranks: "
+            f"use --ep-size {plan.tp_size}."
+        )
     # Without weights at hand (a Hugging Face id) the type is known only to SGLang's loader, which asks the kernel again.
     dtype = choice.spec.expert_dtype if facts.expert_dtype == "unknown" else facts.expert_dtype
     shape = LayerShape(facts.hidden_size, facts.intermediate_size // moe_tp, facts.num_experts, facts.top_k, dtype, ep_size)
@@ -84,16 +93,25 @@ def _gpu_refusals(plan: LaunchPlan, machine: Machine, choice: Choice) -> list[st
     if choice.spec.capability is None and not machine.gpus:
         return []
     if plan.tp_size > len(machine.gpus):
-        return [f"--tp-size {plan.tp_size} needs {plan.tp_size} GPUs, but {len(machine.gpus)} are visible: lower it or set CUDA_VISIBLE_DEVICES."]
+        return [
+            f"--tp-size {plan.tp_size} needs {plan.tp_size} GPUs, but {len(machine.gpus)} are visible: "
+            "lower it or set CUDA_VISIBLE_DEVICES."
+        ]
     used = machine.gpus[: plan.tp_size]
-    others = [f"GPU {gpu.index} ({gpu.name}, {gpu.capability[0]}.{gpu.capability[1]})" for gpu in used if gpu.capability != HOPPER]
+    others = [
+        f"GPU {gpu.index} ({gpu.name}, {gpu.capability[0]}.{gpu.capability[1]})" for gpu in used if gpu.capability != HOPPER
+    ]
     refusals = []
     if choice.spec.capability == HOPPER and others:
-        refusals.append(f"{choice.spec.name} needs Hopper GPUs only, but there is {', '.join(others)}: hide it with CUDA_VISIBLE_DEVICES.")
+        refusals.append(
+            f"{choice.spec.name} needs Hopper GPUs only, but there is {', '.join(others)}: hide it with CUDA_VISIBLE_DEVICES."
+        )
     blocked = [pair for pair in machine.blocked_peers if max(pair) < plan.tp_size]
     if _exchanges(plan, choice) and blocked:
         pairs = ", ".join(f"{i}->{j}" for i, j in blocked)
-        refusals.append(f"GPUs {pairs} cannot address each other's memory, which {choice.spec.name} needs: use GPUs of one NVLink domain.")
+        refusals.append(
+            f"GPUs {pairs} cannot address each other's memory, which {choice.spec.name} needs: use GPUs of one NVLink domain."
+        )
     return refusals
 
 

@@ -67,7 +67,9 @@ def _require_none(problems: list[str]) -> None:
 
 def _become_sglang(plan: LaunchPlan, dry_run: bool) -> None:
     if importlib.util.find_spec("sglang") is None:
-        raise Refusal("sglang, which does the serving on a Hopper machine, is not installed: pip install 'sglang-hopper-moe[sglang]'.")
+        raise Refusal(
+            "sglang, which does the serving on a Hopper machine, is not installed: pip install 'sglang-hopper-moe[sglang]'."
+        )
     command = sglang_command(plan)
     click.echo("starting: " + " ".join(command))
     if dry_run:

@@ -10,6 +10,7 @@ from typing import NoReturn
 from hopper_moe.moe_backends.arguments import BACKEND, UNSUPPORTED
 from hopper_moe.moe_backends.errors import Refusal
 
+
 @dataclass(frozen=True)
 class LaunchPlan:
     """A launch as asked for. Sizes are numbers of ranks; `chunked_prefill_size` is per rank, None: SGLang's default."""
@@ -81,11 +82,17 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
     if read.moe_runner_backend != BACKEND:
         problems.append(f"--moe-runner-backend {read.moe_runner_backend} is not this plugin: leave it out or use `sglang serve`.")
     if read.moe_a2a_backend not in ("none", "megamoe"):
-        problems.append(f"--moe-a2a-backend {read.moe_a2a_backend} does not go with {BACKEND}: leave it out, the kernel moves the tokens itself.")
+        problems.append(
+            f"--moe-a2a-backend {read.moe_a2a_backend} does not go with {BACKEND}, which takes tokens in SGLang's "
+            "standard layout: leave it out."
+        )
     if read.quantization not in (None, "fp8"):
         problems.append(f"--quantization {read.quantization} does not fit: DeepSeek-V4 checkpoints declare fp8, leave it out.")
     if read.nnodes > 1:
-        problems.append(f"--nnodes {read.nnodes} needs a network between GPUs: this kernel works inside one node, use data or pipeline parallelism across nodes.")
+        problems.append(
+            f"--nnodes {read.nnodes} needs a network between GPUs: this kernel works inside one node, "
+            "use data or pipeline parallelism across nodes."
+        )
     for field, flag, reason in UNSUPPORTED:
         if getattr(read, field) is not None:
             problems.append(f"{flag} cannot run with --moe-runner-backend {BACKEND}, {reason}: leave it out.")

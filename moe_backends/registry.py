@@ -118,15 +118,27 @@ def layer_refusals(spec: KernelSpec, layer: LayerShape) -> list[str]:
     for field in ("hidden_size", "intermediate_size"):
         value = getattr(layer, field)
         if value < 1 or value % spec.size_multiple:
-            found.append(f"{field} {value} is not a positive multiple of {spec.size_multiple}, which {spec.name} needs: no kernel here serves it.")
+            found.append(
+                f"{field} {value} is not a positive multiple of {spec.size_multiple}, which {spec.name} needs: "
+                "no kernel here serves it."
+            )
     if layer.num_experts < 1:
         found.append(f"num_experts {layer.num_experts} is not positive: the checkpoint has no routed experts to serve.")
     elif layer.ep_size < 1 or layer.num_experts % layer.ep_size:
-        found.append(f"{layer.num_experts} experts do not divide into {layer.ep_size} expert-parallel ranks: choose a size that divides them.")
-    if not 1 <= layer.top_k <= min(spec.max_top_k, max(layer.num_experts, 1)):
-        found.append(f"top_k {layer.top_k} is outside 1..{min(spec.max_top_k, max(layer.num_experts, 1))}, the most that {spec.name} routes here.")
+        found.append(
+            f"{layer.num_experts} experts do not divide into {layer.ep_size} expert-parallel ranks: "
+            "choose a size that divides them."
+        )
+    most = min(spec.max_top_k, max(layer.num_experts, 1))
+    if not 1 <= layer.top_k <= most:
+        found.append(
+            f"top_k {layer.top_k} is outside 1..{most}, the most that {spec.name} routes here: choose another checkpoint."
+        )
     if layer.expert_dtype != spec.expert_dtype:
-        found.append(f"the checkpoint's experts are {layer.expert_dtype}, but {spec.name} serves {spec.expert_dtype}: choose another kernel or checkpoint.")
+        found.append(
+            f"the checkpoint's experts are {layer.expert_dtype}, but {spec.name} serves {spec.expert_dtype}: "
+            "choose another kernel or checkpoint."
+        )
     return found
 
 

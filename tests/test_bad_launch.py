@@ -63,10 +63,13 @@ ON_EIGHT_H200 = {
     "capacity negative": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "-1"}, [], "'-1' is not a whole number"),
     "capacity too large": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "999999999"}, [], "outside 1..262144"),
     "older capacity no number": (
-        {"SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK": "1e3"}, [], "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK='1e3'",
+        {"SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK": "1e3"},
+        [],
+        "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK='1e3'",
     ),
     "capacities contradict": (
-        {"HOPPER_MOE_MAX_TOKENS_PER_RANK": "1024", "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK": "2048"}, [],
+        {"HOPPER_MOE_MAX_TOKENS_PER_RANK": "1024", "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK": "2048"},
+        [],
         "contradict each other",
     ),
     "switch no switch": ({"HOPPER_MOE_FP8_COMBINE": "maybe"}, [], "'maybe' is not a switch"),
@@ -79,12 +82,20 @@ ON_EIGHT_H200 = {
     "cache dir relative": ({"HOPPER_MOE_CACHE_DIR": "cache"}, [], "relative path"),
     "cache dir is a file": ({"HOPPER_MOE_CACHE_DIR": "/etc/hostname"}, [], "is a file"),
     "dequant against mxfp4": (
-        {"HOPPER_MOE_KERNEL": "mxfp4_mega", "SGLANG_DSV4_FP4_DEQUANT": "1"}, [], "SGLANG_DSV4_FP4_DEQUANT=1 (1: FP4 experts are turned",
+        {"HOPPER_MOE_KERNEL": "mxfp4_mega", "SGLANG_DSV4_FP4_DEQUANT": "1"},
+        [],
+        "SGLANG_DSV4_FP4_DEQUANT=1 (1: FP4 experts are turned",
     ),
     "mega against no mega": (
-        {"HOPPER_MOE_KERNEL": "mxfp4_mega", "SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0"}, [], "contradict each other",
+        {"HOPPER_MOE_KERNEL": "mxfp4_mega", "SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0"},
+        [],
+        "contradict each other",
     ),
-    "fp8 experts against mxfp4": ({"HOPPER_MOE_KERNEL": "mxfp4_mega", "SGLANG_DSV4_FP4_EXPERTS": "0"}, [], "contradict each other"),
+    "fp8 experts against mxfp4": (
+        {"HOPPER_MOE_KERNEL": "mxfp4_mega", "SGLANG_DSV4_FP4_EXPERTS": "0"},
+        [],
+        "contradict each other",
+    ),
     "no mega but fp8": ({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0", "SGLANG_DSV4_FP4_DEQUANT": "1"}, [], "contradict each other"),
     "dequant alone": ({"SGLANG_DSV4_FP4_DEQUANT": "1"}, [], "none is left that runs here"),
     "old memory layout": ({"SGLANG_OPT_FIX_MEGA_MOE_MEMORY": "0"}, [], "does not have: unset it"),
@@ -192,7 +203,9 @@ def test_bad_folders(refuse, tmp_path):
     (model / "model.safetensors").unlink()
     index = {"weight_map": {"layers.0.ffn.experts.0.w1.weight": "model-00001.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-00001.safetensors is named in model.safetensors.index.json but does not exist" in refuse(machine, str(model), [], {})
+    assert "model-00001.safetensors is named in model.safetensors.index.json but does not exist" in refuse(
+        machine, str(model), [], {}
+    )
 
 
 def test_bad_machines(refuse, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from small_checkpoint import CONFIG, edit_tensors, make_state
 
 from hopper_moe.launch import doctor_checks, serve, sglang_args
 from hopper_moe.launch import machine as machines
@@ -22,7 +23,6 @@ from hopper_moe.moe_backends import env
 from hopper_moe.moe_backends.env import load
 from hopper_moe.moe_backends.registry import REGISTRY
 from hopper_moe.quantization.checkpoint import write_checkpoint
-from small_checkpoint import CONFIG, edit_tensors, make_state
 
 FLASH = ModelFacts("DeepseekV4ForCausalLM", 4096, 2048, 256, 6, 43, 10.0, "fp4")
 H200 = Gpu(0, "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB, 132, 18)
@@ -178,7 +178,11 @@ def test_doctor_is_right_on_this_machine(model):
 
 @pytest.mark.parametrize(
     "environ, subject",
-    [({"SGLANG_PLUGINS": "other"}, "plugin"), ({"HOPPER_MOE_KERNEL": "fp8_mega"}, "kernel"), ({"HOPPER_MOE_TYPO": "1"}, "environment")],
+    [
+        ({"SGLANG_PLUGINS": "other"}, "plugin"),
+        ({"HOPPER_MOE_KERNEL": "fp8_mega"}, "kernel"),
+        ({"HOPPER_MOE_TYPO": "1"}, "environment"),
+    ],
 )
 def test_doctor_fails_where_a_launch_would(environ, subject, monkeypatch):
     monkeypatch.setattr(doctor_checks, "sglang", lambda: [])  # 20 s, and not what this is about

@@ -43,7 +43,9 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source], check=True, capture_output=True
+    )
     return next(out.glob("*.whl"))
 
 
@@ -60,7 +62,9 @@ def _environment(folder: Path, install: list[str], without: tuple[str, ...] = ()
             (borrowed / entry.name).symlink_to(entry)
     target = next((folder / "lib").glob("python3.*")) / "site-packages"
     (target / "borrowed.pth").write_text(f"{borrowed}\n")
-    subprocess.run([UV, "pip", "install", "--quiet", "--no-build-isolation", "--python", python, "--no-deps", *install], check=True)
+    subprocess.run(
+        [UV, "pip", "install", "--quiet", "--no-build-isolation", "--python", python, "--no-deps", *install], check=True
+    )
     return python
 
 
@@ -112,7 +116,9 @@ def test_every_module_imports_and_no_bare_folder_does(environment, request, tmp_
     python = request.getfixturevalue(environment)
     files = [Path(name) for name in _source_files() if name.endswith(".py")]
     parts = [file.with_suffix("").parts for file in files]
-    modules = [".".join(("hopper_moe", *(part[:-1] if part[-1] == "__init__" else part))) for part in parts if part[-1] != "__main__"]
+    modules = [
+        ".".join(("hopper_moe", *(part[:-1] if part[-1] == "__init__" else part))) for part in parts if part[-1] != "__main__"
+    ]
     done = _run(python, f"MODULES = {json.dumps(modules)}\n{IMPORT_ALL}", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     third_party = Path(done.stdout.split()[-1])
@@ -129,7 +135,9 @@ def test_entry_points(environment, request, tmp_path):
     )
     done = _run(python, code, tmp_path)
     assert done.stdout.split() == ["['hopper_moe.moe_backends.plugin:register']", "0.1.0"], done.stderr
-    shown = subprocess.run([python.with_name("hopper-moe"), "--version"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    shown = subprocess.run(
+        [python.with_name("hopper-moe"), "--version"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
     assert shown.stdout.strip() == "hopper-moe, version 0.1.0"
 
 
@@ -153,8 +161,12 @@ def test_works_without_any_extra(light_python, tmp_path):
     )
     done = _run(light_python, code, tmp_path)
     assert done.stdout.strip() == "reference", done.stderr[-2000:]
-    shown = subprocess.run([light_python.with_name("hopper-moe"), "doctor"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    shown = subprocess.run(
+        [light_python.with_name("hopper-moe"), "doctor"], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "sglang" in shown.stdout and "not installed: pip install 'sglang-hopper-moe[sglang]'" in shown.stdout
     assert "pip install 'sglang-hopper-moe[host]'" in shown.stdout
-    assert shown.stdout.strip().splitlines()[-1] == "Ready. Works here: `hopper-moe checkpoint`, the reference kernel from Python."
+    assert (
+        shown.stdout.strip().splitlines()[-1] == "Ready. Works here: `hopper-moe checkpoint`, the reference kernel from Python."
+    )
