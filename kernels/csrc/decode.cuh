@@ -18,7 +18,7 @@ __device__ __forceinline__ void decode_word(uint32_t word, uint32_t low, uint32_
 }
 
 // One 64 x 128 unit in shared memory to the A fragments of its four k32 WGMMAs (a[4 * group + register]).
-__device__ __forceinline__ void decode_unit(uint32_t* a, const uint8_t* unit, int warp, int lane) {
+__device__ __forceinline__ void decode_unit(uint32_t (&a)[16], const uint8_t* unit, int warp, int lane) {
   const uint32_t* deltas = reinterpret_cast<const uint32_t*>(unit + kUnitNibbleBytes) + warp * 16 + lane / 4;
   const uint32_t delta[2] = {deltas[0], deltas[8]};
   const uint4* words = reinterpret_cast<const uint4*>(unit) + warp * 64 + lane;

@@ -6,7 +6,8 @@
 
 namespace hopper_moe {
 
-constexpr uint32_t kMathBarrier = 1;         // both math warpgroups; kMathBarrier + 1 + warpgroup: one of them
+constexpr uint32_t kMathBarrier = 1;         // named barrier of both math warpgroups
+constexpr int kL2TileBytes = kMaxTokenTile * 128;   // one warpgroup's half of the scratch
 constexpr float kAmaxFloor = 7.8886090522101181e-31f;   // 2**-100
 constexpr float kE4m3Max = 448.f;
 
@@ -19,18 +20,42 @@ __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
 // 16-byte chunk `chunk` of row `row` in a [rows][128 B] tile with 128-byte swizzle.
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
+// Hand-over of `scratch`: math waits until both service warps have sent the previous tile, writes, fences, arrives; service warp w waits for
+// warpgroup w (L1: for both), sends, arrives. One completion a task on every barrier, so the task count gives the parity.
+struct TileBarriers {
+  uint32_t full[2], empty[2];
+
+  __device__ explicit TileBarriers(SharedStorage& smem)
+      : full{ptx::smem_address(&smem.tile_full[0]), ptx::smem_address(&smem.tile_full[1])},
+        empty{ptx::smem_address(&smem.tile_empty[0]), ptx::smem_address(&smem.tile_empty[1])} {}
+  __device__ void init() const {
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(full[i], kMathWarps / 2);
+      ptx::mbarrier_init(empty[i], 1);
+    }
+  }
+};
+
 struct MathContext {
   const MegaMoeParams& p;
   SharedStorage& smem;
   const Ring& ring;
-  uint32_t tile_full, tile_empty;    // barrier addresses
+  const TileBarriers& tiles;
   MathThread me;
   StageCursor cursor;
-  uint32_t num_tiles_stored = 0;     // L1 tiles this CTA has handed to the service warp
+  uint32_t num_tasks_done = 0;
 
   __device__ __forceinline__ int thread() const { return (me.warpgroup * 4 + me.warp) * 32 + me.lane; }
-  // The scratch region is free once the copy engine has read the previous L1 tile.
-  __device__ __forceinline__ void wait_scratch() const { ptx::mbarrier_wait(tile_empty, (num_tiles_stored & 1) ^ 1); }
+  __device__ __forceinline__ void wait_scratch() const {
+    const uint32_t parity = (num_tasks_done & 1) ^ 1;
+    ptx::mbarrier_wait(tiles.empty[0], parity);
+    ptx::mbarrier_wait(tiles.empty[1], parity);
+  }
+  __device__ __forceinline__ void hand_over_scratch() {
+    __syncwarp();
+    if (me.lane == 0) ptx::mbarrier_arrive(tiles.full[me.warpgroup]);
+    ++num_tasks_done;
+  }
 };
 
 // 128 features (two halves of 64) of one token block: product, activation, quantisation.
@@ -86,20 +111,19 @@ __device__ __forceinline__ void run_l1(MathContext& c, const Task& task) {
     c.smem.scratch[swizzled(token, feature / 16) + feature % 16] = static_cast<uint8_t>(q);
     c.smem.scratch[swizzled(token, feature / 16 + 4) + feature % 16] = static_cast<uint8_t>(q >> 8);
   }
-  ptx::fence_async_shared();
-  __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(c.tile_full);
-  ++c.num_tiles_stored;
+  ptx::fence_async_shared();   // the tile leaves by bulk copy
+  c.hand_over_scratch();
 }
 
-// 128 output columns of one token block: product, routing weight, rows to their source rank's combine slots.
+// 128 output columns of one token block: product, routing weight, BF16 rows and their slots to the service warp.
 template <int N>
-__device__ __forceinline__ void run_l2(MathContext& c, const Task& task, uint32_t* group_done) {
+__device__ __forceinline__ void run_l2(MathContext& c, const Task& task) {
   const Shape& s = c.p.shape;
   const int lane = c.me.lane, thread = c.me.warp * 32 + lane;   // in the warpgroup
   const int first_row = task.tile * kRowTile + c.me.warpgroup * kUnitRows;
   const uint8_t* base = c.p.w2_base + int64_t{task.block.expert} * s.hidden + first_row + c.me.warp * 16 + lane / 4;
   const uint8_t low_base = __ldg(base), high_base = __ldg(base + 8);
+  uint32_t slot = 0;
   float sum[N / 2];
   MainLoop<N, false>(c.ring, c.cursor, c.me).run(sum, s.intermediate / kUnitK, [&](const uint8_t* stage) {
     const uint8_t* rows = stage + stage_rows(N);
@@ -111,12 +135,12 @@ __device__ __forceinline__ void run_l2(MathContext& c, const Task& task, uint32_
       sum[4 * i + 2] *= weight.x;
       sum[4 * i + 3] *= weight.y;
     }
-    if (thread < N) c.smem.slots[c.me.warpgroup][thread] = reinterpret_cast<const uint32_t*>(rows + N * 4)[thread];
+    slot = reinterpret_cast<const uint32_t*>(rows + N * 4)[thread % N];   // no branch: the compiler would serialise the WGMMAs around it
   });
   const float low_scale = row_scale(low_base), high_scale = row_scale(high_base);
   c.wait_scratch();
-  uint8_t* tile = c.smem.scratch + c.me.warpgroup * (kMaxTokenTile * 128);
-  const uint32_t tile_address = ptx::smem_address(tile);
+  if (thread < N) c.smem.slots[c.me.warpgroup][thread] = slot;
+  const uint32_t tile_address = ptx::smem_address(c.smem.scratch + c.me.warpgroup * kL2TileBytes);
   const uint32_t chunk = 2 * c.me.warp + lane / 8 % 2;
   if constexpr (N == 8) {
     ptx::store_matrix_x2_transposed(tile_address + swizzled(lane % 8, chunk), ptx::to_bf16x2(sum[0] * low_scale, sum[1] * low_scale),
@@ -131,19 +155,7 @@ __device__ __forceinline__ void run_l2(MathContext& c, const Task& task, uint32_
           ptx::to_bf16x2(v[6] * high_scale, v[7] * high_scale));
     }
   }
-  const uint32_t barrier = kMathBarrier + 1 + c.me.warpgroup;
-  ptx::named_barrier(barrier, 128);
-  for (int row = thread / 8; row < task.block.num_rows; row += 16) {
-    const uint32_t slot = c.smem.slots[c.me.warpgroup][row];
-    uint16_t* out = c.p.peer<uint16_t>(slot >> 24, c.p.ws.combine) + int64_t{slot & 0xFFFFFFu} * s.hidden + first_row + thread % 8 * 8;
-    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(tile + swizzled(row, thread % 8));
-  }
-  // All rows of this warpgroup are stored and the scratch is free; the release below carries the other threads' stores with it.
-  ptx::named_barrier(barrier, 128);
-  if (thread == 0) {
-    ptx::fence_gpu();
-    ptx::red_add_release_gpu(group_done + task.tile / kGroupTiles, 1);
-  }
+  c.hand_over_scratch();
 }
 
 }  // namespace hopper_moe

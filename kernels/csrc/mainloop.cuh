@@ -62,15 +62,23 @@ class MainLoop {
   }
   __device__ __forceinline__ uint32_t tile(const uint8_t* data, int chunk) const { return ptx::smem_address(data) + chunk * N * kUnitK; }
 
+  // The assembler moves a decode past the wait for the multiply that it should overlap, unless a branch it cannot see through keeps the two
+  // in different basic blocks: conditions on an opaque copy of the trip count, although always true, do that.
+  __device__ __forceinline__ static int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+  }
+
   // Two chunks a stage (one in the last when the number of chunks is odd). While the tensor cores work on one stage the next is decoded.
   template <typename LastStage>
   __device__ __forceinline__ void run_narrow(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
     uint32_t a[2][2][16];
+    const int limit = opaque(num_chunks);
     wait_full(cursor_);
     decode_stage(a[0]);
     int chunk = 0;
     for (; chunk + 4 <= num_chunks; chunk += 4) {
-      narrow_step<2>(sum, a[0], a[1], true, false, last_stage);
+      narrow_step<2>(sum, a[0], a[1], chunk + 2 < limit, false, last_stage);
       narrow_step<2>(sum, a[1], a[0], chunk + 4 < num_chunks, chunk + 4 == num_chunks, last_stage);
     }
     if (chunk + 2 <= num_chunks) {
@@ -114,6 +122,7 @@ class MainLoop {
   __device__ __forceinline__ void run_wide(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
     uint32_t a[2][16];
     float d[N / 2];
+    const int limit = opaque(num_chunks);
     wait_full(cursor_);
     decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
     int chunk = 0;
@@ -126,8 +135,10 @@ class MainLoop {
       cursor_.advance();
       const StageCursor second = cursor_;
       const uint8_t* second_data = ring_.data(second.stage);
-      wait_full(second);
-      decode_unit(a[1], unit(second_data, 0), me_.warp, me_.lane);
+      if (chunk + 1 < limit) {
+        wait_full(second);
+        decode_unit(a[1], unit(second_data, 0), me_.warp, me_.lane);
+      }
       if constexpr (!kL1) {
         ptx::wgmma_wait<0>();
         promote<N>(sum, d, first_data + stage_scales(N), me_.lane);

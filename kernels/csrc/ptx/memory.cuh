@@ -24,6 +24,11 @@ __device__ __forceinline__ uint32_t load_acquire_gpu(const uint32_t* address) {
   return value;
 }
 
+// Polls with pauses: hundreds of warps may wait on one address, and the increments they wait for go through the same L2 slice.
+__device__ __forceinline__ void wait_at_least(const uint32_t* address, uint32_t target) {
+  while (load_acquire_gpu(address) < target) __nanosleep(64);
+}
+
 // 16 bytes from L2, never from this SM's L1 (which is not coherent with other SMs' stores in this launch).
 __device__ __forceinline__ uint4 load_l2(const void* address) {
   uint4 v;
