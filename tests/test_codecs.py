@@ -72,6 +72,19 @@ def test_activation_quantiser_does_not_divide_through_a_rounded_inverse(generato
     assert (wanted != x.numpy().max(1) * (np.float32(1) / np.float32(448))).any(), "the data would not tell the two apart"
 
 
+def test_activation_quantiser_multiplies_by_448_over_amax_rounded_once(generator):
+    amax = torch.rand(4096, generator=generator) + 0.5
+    # 17, 19, ... lie half way between two E4M3 values: the last bit of the multiplier decides which one these become.
+    halves = torch.arange(17, 32, 2, dtype=torch.float32)
+    x = torch.cat((amax[:, None], amax[:, None] * halves / 448), 1)
+    q, _ = codecs.quantize_activations(x, 256)
+    inverse = np.float32(448) / amax.numpy()
+    other = np.float32(1) / (amax.numpy() / np.float32(448))
+    wanted, through_scale = (torch.from_numpy(x.numpy() * factor[:, None]).to(torch.float8_e4m3fn) for factor in (inverse, other))
+    assert torch.equal(q.float(), wanted.float())
+    assert not torch.equal(wanted.float(), through_scale.float()), "the data would not tell the two apart"
+
+
 def test_mxfp4_quantiser_is_a_fixed_point_on_its_own_values(generator):
     packed = torch.randint(0, 256, (64, 128), dtype=torch.uint8, generator=generator)
     packed[:, ::16] |= 0x07  # a 6 in every group of 32, so that the scale is determined
