@@ -93,9 +93,9 @@ class Fp8BlockExperts:
         ):
             blocks = tuple(-(-size // layout.FP8_BLOCK) for size in shape)
             if weight.dtype is not torch.float8_e4m3fn or tuple(weight.shape[1:]) != shape or weight.shape[0] != self.num_experts:
-                raise Refusal(f"{name} is {weight.dtype} {list(weight.shape)}, not float8_e4m3fn [{self.num_experts}, {shape}].")
+                raise Refusal(f"{name} is {weight.dtype} {list(weight.shape)}, not float8_e4m3fn {[self.num_experts, *shape]}.")
             if scale.dtype is not torch.float32 or tuple(scale.shape) != (self.num_experts, *blocks):
-                raise Refusal(f"{name}_scale is {scale.dtype} {list(scale.shape)}, not float32 [{self.num_experts}, {blocks}].")
+                raise Refusal(f"{name}_scale is {scale.dtype} {list(scale.shape)}, not float32 {[self.num_experts, *blocks]}.")
         self._tensors = (w13, w13_scale, w2, w2_scale)
 
     def w13(self, expert: int, dtype: torch.dtype) -> Matrix:

@@ -237,3 +237,42 @@ def test_slots_are_summed_in_ascending_order_in_float32():
     assert combine_slots(slots.flip(1), ids).item() == 1.0
     assert combine_slots(slots, torch.tensor([[0, -1, 5]])).item() == 0.0
     assert combine_slots(slots, torch.tensor([[-1, 0, -1]])).item() == 1.0
+
+
+def test_layers_that_do_not_fit_together_are_refused(seed):
+    layer = make_layer(seed)
+    tokens, experts = dispatch(layer, slice(None)), layer.rank_experts(2)
+
+    def mega(inputs, shards, num_experts=4):
+        return reference.mega_moe(inputs, shards, num_experts=num_experts, swiglu_limit=LIMIT)
+
+    with pytest.raises(Refusal, match="1 ranks of tokens and 2 ranks of experts"):
+        mega([tokens], experts)
+    with pytest.raises(Refusal, match=r"ranks hold \[2, 2\] experts, which are not equal shares of num_experts 8"):
+        mega([tokens, tokens], experts, num_experts=8)
+    other = make_layer(seed, hidden_size=256)
+    with pytest.raises(Refusal, match="tokens of 256 features were given to experts of hidden_size 384"):
+        mega([dispatch(other, slice(None))], layer.rank_experts(1))
+    layer.topk_ids[3, 2] = 4
+    with pytest.raises(Refusal, match="rank 1 routes a token to expert 4, above the last expert 3"):
+        mega([tokens, dispatch(layer, slice(None))], experts)
+
+
+def test_experts_that_no_kernel_may_serve_are_refused(seed):
+    layer = make_layer(seed)
+    layer.w2_scale[2, 5, 1] = 255
+    with pytest.raises(Refusal, match=r"w2 has a scale byte 255 \(NaN\)"):
+        Mxfp4Experts(*layer.weights)
+    fp8 = torch.float8_e4m3fn
+
+    def blocks(size: int, scale_dtype: torch.dtype = torch.float32, rows: int | None = None) -> Fp8BlockExperts:
+        w13, w2 = torch.zeros(2, rows or 2 * size, 256, dtype=fp8), torch.zeros(2, 256, size, dtype=fp8)
+        return Fp8BlockExperts(w13, torch.ones(2, 2, 2, dtype=scale_dtype), w2, torch.ones(2, 2, 1, dtype=scale_dtype))
+
+    assert blocks(128).num_experts == 2
+    with pytest.raises(Refusal, match="intermediate_size 64 is not a multiple of 128"):
+        blocks(64)
+    with pytest.raises(Refusal, match=r"w13 is torch.float8_e4m3fn \[2, 384, 256\], not float8_e4m3fn \[2, 256, 256\]"):
+        blocks(128, rows=384)
+    with pytest.raises(Refusal, match=r"w13_scale is torch.uint8 \[2, 2, 2\], not float32 \[2, 2, 2\]"):
+        blocks(128, torch.uint8)
