@@ -119,7 +119,9 @@ class _Progress:
         self._replayed = replayed
         self.graded: dict[tuple[str, int], Graded] = {}
         self._right = self._errors = 0
-        self.bar = tqdm(total=total, initial=len(replayed), desc=name, unit="answer", dynamic_ncols=True, smoothing=0.05)
+        interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between redraws: a log file needs few lines
+        bar = {"desc": name, "unit": "answer", "dynamic_ncols": True, "smoothing": 0.05, "mininterval": interval}
+        self.bar = tqdm(total=total, initial=len(replayed), **bar)
 
     def __call__(self, example: Example, repeat: int, sample: Sample, score: float, extracted: str | None) -> None:
         failed = sample.finish_reason == "error"

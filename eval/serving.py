@@ -76,7 +76,7 @@ def served(model: str, kernel: str, log: Path) -> Iterator[str]:
 
 def _wait_until_ready(process: subprocess.Popen, port: int, kernel: str, log: Path, limit: float) -> None:
     started, health = time.monotonic(), f"http://127.0.0.1:{port}/health"
-    with tqdm(desc=f"starting the server ({kernel})", bar_format="{desc}: {elapsed}", leave=False) as bar:
+    with tqdm(desc=f"starting the server ({kernel})", bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
         while time.monotonic() - started < limit:
             if process.poll() is not None:
                 raise Refusal(f"the server for kernel {kernel} ended with code {process.returncode}; {log} ends with:\n{_tail(log)}")

@@ -70,31 +70,46 @@ def _two_steps(r: random.Random, largest: int) -> WordProblem:
     return WordProblem(question, f"{a}+{b}={a + b}. {a + b}-{c}={a + b - c}.", a + b - c, "two steps")
 
 
-def draw(r: random.Random) -> WordProblem:
-    """One problem of the standard mix, of either split."""
-    x = r.random()
-    if x < 0.34:
-        return _add(r, 20)
-    if x < 0.68:
-        return _subtract(r, 20)
-    if x < 0.82:
+@dataclass(frozen=True)
+class Mix:
+    """Shares of the kinds (the rest is two-step) and the largest numbers in them."""
+
+    add: float
+    subtract: float
+    multiply: float
+    largest: int
+    largest_two_steps: int
+
+
+# The first is for learning to calculate at all; the second is what the model is for and is scored on.
+MIXES = {"easy": Mix(0.34, 0.34, 0.14, 20, 10), "standard": Mix(0.31, 0.31, 0.10, 50, 20)}
+
+
+def draw(r: random.Random, mix: str = "standard") -> WordProblem:
+    """One problem of a mix, of either split."""
+    m, x = MIXES[mix], r.random()
+    if x < m.add:
+        return _add(r, m.largest)
+    if x < m.add + m.subtract:
+        return _subtract(r, m.largest)
+    if x < m.add + m.subtract + m.multiply:
         return _multiply(r)
-    return _two_steps(r, 10)
+    return _two_steps(r, m.largest_two_steps)
 
 
-def problems(seed: int, *, held_out: bool) -> Iterator[WordProblem]:
+def problems(seed: int, *, held_out: bool, mix: str = "standard") -> Iterator[WordProblem]:
     """An endless seeded stream of problems of one split. The same seed gives the same stream on every machine."""
     r = random.Random(seed)
     while True:
-        p = draw(r)
+        p = draw(r, mix)
         if p.held_out == held_out:
             yield p
 
 
-def question_set(seed: int, count: int) -> list[WordProblem]:
+def question_set(seed: int, count: int, mix: str = "standard") -> list[WordProblem]:
     """`count` distinct held-out problems (no question twice), in stream order."""
     found: dict[str, WordProblem] = {}
-    for p in problems(seed, held_out=True):
+    for p in problems(seed, held_out=True, mix=mix):
         found.setdefault(p.question, p)
         if len(found) == count:
             return list(found.values())

@@ -22,12 +22,13 @@ class DecodedExperts:
     """
 
     def __init__(self, packed: PackedExperts) -> None:
-        self._source = PackedSource(packed)
+        self.packed = packed
+        source = PackedSource(packed)
         self.num_experts = packed.num_experts
         self.hidden_size = packed.hidden_size
         self.intermediate_size = packed.intermediate_size
-        self.w13 = lru_cache(maxsize=None)(self._source.w13)
-        self.w2 = lru_cache(maxsize=None)(self._source.w2)
+        self.w13 = lru_cache(maxsize=None)(source.w13)
+        self.w2 = lru_cache(maxsize=None)(source.w2)
 
 
 class ExpertsKernel(Protocol):

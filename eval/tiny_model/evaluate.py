@@ -13,14 +13,14 @@ EVALUATION_SEED = 4242  # not the seed of the committed question file
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, count: int, max_new_tokens: int = 32) -> float:
+def accuracy(model, tokenizer, count: int, mix: str, max_new_tokens: int = 40) -> float:
     """Share of `count` held-out problems answered right, greedy.
 
     Prompts are batched by equal token length: left padding is wrong for the compressed attention of DeepSeek-V4.
     """
     model.eval()
     by_length: dict[int, list[tuple[list[int], int]]] = defaultdict(list)
-    for p in question_set(EVALUATION_SEED, count):
+    for p in question_set(EVALUATION_SEED, count, mix):
         chat = [{"role": "user", "content": p.question}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False).input_ids

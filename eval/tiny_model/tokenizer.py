@@ -40,7 +40,7 @@ def build_tokenizer(seed: int = 123) -> PreTrainedTokenizerFast:
     r = random.Random(seed)
     corpus = (
         (MATH_INSTRUCTION if r.random() < 0.1 else "") + f"{p.question} {p.solution} \\boxed{{{p.answer}}}"
-        for p in islice(problems(seed, held_out=False), 4000)
+        for p in islice(problems(seed, held_out=False, mix="easy"), 4000)
     )
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()

@@ -1,7 +1,10 @@
-"""Train the tiny DeepSeek-V4 model on the CPU: `python -m hopper_moe.eval.tiny_model.train --out DIR`.
+"""Train the tiny DeepSeek-V4 model on one CPU thread, in two phases of about 13 minutes each:
 
-One thread, about 25 minutes. Writes `model.pt` (FP32 state) and `training.json` into DIR; `export.py` turns that into the
-committed checkpoint. Only questions of the training split are ever seen (`word_problems.is_held_out`).
+    python -m hopper_moe.eval.tiny_model.train --mix easy --steps 1600 --stop-after 800 --out EASY
+    python -m hopper_moe.eval.tiny_model.train --mix standard --init EASY --steps 900 --lr 1e-3 --seed 1 --out DIR
+
+Each writes `model.pt` (FP32 state) and `training.json`; `export.py` turns DIR into the committed checkpoint. Only questions of
+the training split are ever seen (`word_problems.is_held_out`).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as dsv4
 from hopper_moe.eval.tiny_model.config import build_model
 from hopper_moe.eval.tiny_model.evaluate import accuracy
 from hopper_moe.eval.tiny_model.tokenizer import MATH_INSTRUCTION, build_tokenizer
-from hopper_moe.eval.word_problems import WordProblem, problems
+from hopper_moe.eval.word_problems import MIXES, WordProblem, problems
 
 INSTRUCTION_EVERY = 12  # one batch in so many carries sgl-eval's maths instruction (all of it, so that little is padded)
 THINKING_SHARE = 0.05  # answers written as <think>calculation</think>\boxed{answer}
@@ -38,9 +41,9 @@ def example(tokenizer, problem: WordProblem, *, instruction: bool, thinking: boo
     return (tokenizer(prompt, add_special_tokens=False).input_ids, tokenizer(target, add_special_tokens=False).input_ids)
 
 
-def batches(tokenizer, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(tokenizer, batch_size: int, seed: int, mix: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (input ids, labels), both int64 [batch, longest], right padded; the loss is on the answer only."""
-    stream, r = problems(seed, held_out=False), random.Random(seed + 1)
+    stream, r = problems(seed, held_out=False, mix=mix), random.Random(seed + 1)
     for number in count():
         instruction = number % INSTRUCTION_EVERY == 0
         chunk = [
@@ -91,9 +94,14 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100) * (1.0 - 0.98 * step / steps)
 
 
-def train(out: Path, steps: int, batch_size: int, peak: float, seed: int) -> None:
+def train(args: argparse.Namespace) -> None:
+    """Run one phase as the command line says."""
     torch.set_num_threads(1)
-    tokenizer, model = build_tokenizer(), build_model(seed)
+    tokenizer, model = build_tokenizer(), build_model(args.seed)
+    phases: list[dict[str, object]] = []
+    if args.init:
+        model.load_state_dict(torch.load(args.init / "model.pt", weights_only=True))
+        phases = json.loads((args.init / "training.json").read_text())["phases"]
     model.set_experts_implementation("grouped_mm")
     skip_indexer_scores()
     balance_experts(model, speed=0.002)
@@ -102,43 +110,47 @@ def train(out: Path, steps: int, batch_size: int, peak: float, seed: int) -> Non
         dict(params=[p for p in trained.values() if p.ndim >= 2], weight_decay=0.05),
         dict(params=[p for p in trained.values() if p.ndim < 2], weight_decay=0.0),
     ]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
-    log: list[dict[str, float]] = []
-    started, tokens = time.time(), 0
-    stream = batches(tokenizer, batch_size, seed + 7)
-    for step in range(steps):
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    phase = {k: getattr(args, k) for k in ("mix", "steps", "stop_after", "batch_size", "lr", "seed")} | {"tokens": 0, "log": []}
+    started = time.time()
+    stream = batches(tokenizer, args.batch_size, args.seed + 7, args.mix)
+    last = min(args.steps, args.stop_after or args.steps)
+    for step in range(1, last + 1):
         model.train()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = learning_rate(step, args.steps, args.lr)
         ids, labels = next(stream)
         loss = model(ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens += ids.numel()
-        if (step + 1) % 50 == 0:
+        phase["tokens"] += ids.numel()
+        if step % 50 == 0:
             minutes = (time.time() - started) / 60
-            print(f"step {step + 1} loss {loss.item():.4f} {tokens / 1e6:.2f} Mtok {minutes:.1f} min", flush=True)
-        if (step + 1) % 400 == 0 or step + 1 == steps:
-            log.append(dict(step=step + 1, loss=loss.item(), held_out=accuracy(model, tokenizer, 200)))
-            print(f"   held-out accuracy {log[-1]['held_out']:.3f}", flush=True)
-            torch.save(model.state_dict(), out / "model.pt")
-    record = dict(steps=steps, batch_size=batch_size, peak_learning_rate=peak, seed=seed, tokens=tokens, log=log)
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+            print(f"step {step} loss {loss.item():.4f} {phase['tokens'] / 1e6:.2f} Mtok {minutes:.1f} min", flush=True)
+        if step % args.check_every == 0 or step == last:
+            phase["log"].append(dict(step=step, loss=loss.item(), held_out=accuracy(model, tokenizer, 200, args.mix)))
+            print(f"   held-out accuracy {phase['log'][-1]['held_out']:.3f}", flush=True)
+            torch.save(model.state_dict(), args.out / "model.pt")
+            (args.out / "training.json").write_text(json.dumps({"phases": [*phases, phase]}, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--mix", choices=list(MIXES), required=True)
+    parser.add_argument("--init", type=Path, help="folder of an earlier phase to start from")
+    parser.add_argument("--steps", type=int, required=True, help="length of the learning-rate schedule")
+    parser.add_argument("--stop-after", type=int, help="stop the phase before its schedule ends")
+    parser.add_argument("--check-every", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     transformers_logging.set_verbosity_error()
-    train(args.out, args.steps, args.batch_size, args.lr, args.seed)
+    train(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""The main job end to end in real processes: `hopper-moe demo`, `eval compare --serve`, and sabotages that must be caught."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from hopper_moe.eval.table_of_truth import run_all
+from hopper_moe.launch.demo import tiny_model
+
+
+def hopper_moe(*args: str) -> subprocess.CompletedProcess:
+    code = "from hopper_moe.launch.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=500)
+
+
+def test_demo_serves_and_scores_at_least_80_percent(tmp_path: Path) -> None:
+    result = hopper_moe("demo", "--num-examples", "150", "--kernels", "reference", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "answer:   7+5=12. \\boxed{12}" in result.stdout
+    assert json.loads((tmp_path / "reference" / "metrics.json").read_text())["pass@1"] >= 0.8
+    assert "OK: every kernel" in result.stdout
+
+
+def test_demo_fails_on_a_checkpoint_with_gate_and_up_swapped(tmp_path: Path) -> None:
+    folder = tmp_path / "swapped"
+    shutil.copytree(tiny_model(), folder)
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    swapped = {name.replace(".w1.", ".w?.").replace(".w3.", ".w1.").replace(".w?.", ".w3.") if ".experts." in name else name: t
+               for name, t in tensors.items()}  # fmt: skip
+    save_file(swapped, file, metadata={"format": "pt"})
+    result = hopper_moe("demo", "--num-examples", "60", "--kernels", "w4a16", "--model", str(folder), "--out", str(tmp_path / "out"))
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "FAILED: w4a16 below 80%" in result.stderr
+
+
+def test_demo_refuses_a_kernel_this_machine_lacks() -> None:
+    result = hopper_moe("demo", "--kernels", "reference,nonsense")
+    assert result.returncode == 2
+    assert "kernel nonsense does not run on the CPU host" in result.stderr
+    assert "---" not in result.stdout, "refused before the first server was started"
+
+
+def test_compare_starts_both_servers(tmp_path: Path) -> None:
+    args = ("eval", "compare", "--serve", str(tiny_model()), "--kernels", "transformers,w4a16", "--num-examples", "60", "--margin", "6")
+    result = hopper_moe(*args, "--out", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    compared = json.loads((tmp_path / "w4a16-against-transformers" / "compare.json").read_text())
+    assert (compared["label_a"], compared["label_b"], compared["verdict"]) == ("transformers", "w4a16", "same")
+    assert compared["paired_questions"] == 60
+    again = hopper_moe(*args, "--out", str(tmp_path))  # other ports, same run: nothing is asked again
+    assert again.returncode == 0
+    assert "60 of 60 answers are there" in again.stderr
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory) -> dict[str, dict]:
+    """Kernels and sabotages on 150 questions."""
+    return {row["name"]: row for row in run_all(tiny_model(), tmp_path_factory.mktemp("truth"), 150)}
+
+
+def test_each_sabotage_is_caught(truth: dict[str, dict]) -> None:
+    sabotaged = {name: row["verdict"] for name, row in truth.items() if row["sabotage"]}
+    assert sabotaged == dict.fromkeys(
+        ("scaling factor dropped", "scaling factor applied twice", "clamp missing", "gate and up swapped"), "worse"
+    )
+
+
+def test_honest_kernels_are_not(truth: dict[str, dict]) -> None:
+    for name in ("w4a16", "transformers"):
+        assert truth[name]["verdict"] != "worse"
+        assert abs(truth[name]["difference"]) <= 0.05
