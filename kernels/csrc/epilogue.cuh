@@ -20,8 +20,10 @@ __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
 // 16-byte chunk `chunk` of row `row` in a [rows][128 B] tile with 128-byte swizzle.
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Hand-over of `scratch`: math waits until both service warps have sent the previous tile, writes, fences, arrives; service warp w waits for
-// warpgroup w (L1: for both), sends, arrives. One completion a task on every barrier, so the task count gives the parity.
+// Hand-over of `scratch` from warpgroup w to service warp w: math waits until the previous tile has left, writes, arrives on full[w]; the
+// service warp sends, arrives on empty[w]. One completion a task on every barrier, so the task count gives the parity. An L1 tile belongs to
+// both warpgroups and lies in the first one's half: service warp 0 waits for both and sends it, and both warpgroups wait for empty[0] before
+// the next one. (In L2 a warpgroup may wait for its own barrier only: the other's may already be a phase ahead.)
 struct TileBarriers {
   uint32_t full[2], empty[2];
 
@@ -46,11 +48,7 @@ struct MathContext {
   uint32_t num_tasks_done = 0;
 
   __device__ __forceinline__ int thread() const { return (me.warpgroup * 4 + me.warp) * 32 + me.lane; }
-  __device__ __forceinline__ void wait_scratch() const {
-    const uint32_t parity = (num_tasks_done & 1) ^ 1;
-    ptx::mbarrier_wait(tiles.empty[0], parity);
-    ptx::mbarrier_wait(tiles.empty[1], parity);
-  }
+  __device__ __forceinline__ void wait_scratch(int part) const { ptx::mbarrier_wait(tiles.empty[part], (num_tasks_done & 1) ^ 1); }
   __device__ __forceinline__ void hand_over_scratch() {
     __syncwarp();
     if (me.lane == 0) ptx::mbarrier_arrive(tiles.full[me.warpgroup]);
@@ -79,7 +77,7 @@ __device__ __forceinline__ void run_l1(MathContext& c, const Task& task) {
       h[i] = swiglu(sum[at] * gate_scale, sum[at + 2] * up_scale, c.p.swiglu_limit);
     }
     if (half == 0) {
-      c.wait_scratch();
+      c.wait_scratch(0);
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) stash[i * kMathThreads + thread] = h[i];
     }
@@ -138,7 +136,7 @@ __device__ __forceinline__ void run_l2(MathContext& c, const Task& task) {
     slot = reinterpret_cast<const uint32_t*>(rows + N * 4)[thread % N];   // no branch: the compiler would serialise the WGMMAs around it
   });
   const float low_scale = row_scale(low_base), high_scale = row_scale(high_base);
-  c.wait_scratch();
+  c.wait_scratch(c.me.warpgroup);
   if (thread < N) c.smem.slots[c.me.warpgroup][thread] = slot;
   const uint32_t tile_address = ptx::smem_address(c.smem.scratch + c.me.warpgroup * kL2TileBytes);
   const uint32_t chunk = 2 * c.me.warp + lane / 8 % 2;

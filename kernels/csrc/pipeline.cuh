@@ -96,7 +96,7 @@ __device__ inline void produce_activations(const MegaMoeParams& p, const ExpertT
     const uint8_t* pool = p.local<uint8_t>(task.is_l1 ? p.ws.pool_x : p.ws.pool_h) + int64_t{row} * k;
     const float* scales = p.local<float>(task.is_l1 ? p.ws.pool_x_scale : p.ws.pool_h_scale) + int64_t{row} * num_groups;
     const uint32_t* ready = (task.is_l1 ? x_ready : h_ready) + task.block.index;
-    const uint32_t target = task.is_l1 ? task.block.num_rows : 2 * s.num_features_tiles();   // h: two halves a tile
+    const uint32_t target = task.is_l1 ? task.block.num_rows : s.num_features_tiles();
     ptx::wait_at_least(ready, target);
     ptx::fence_async_global();
     for (int pass = 0; pass < (task.is_l1 ? 2 : 1); ++pass) {

@@ -39,16 +39,14 @@ __device__ inline void dispatch_row(const MegaMoeParams& p, const ExpertTable& t
   }
 }
 
-// Service warp `part` sends its half of the finished L1 tile to the pool of h; one thread. Both halves count towards h_ready.
-__device__ inline void store_l1_tile(const MegaMoeParams& p, SharedStorage& smem, uint32_t* h_ready, const Task& task, int part) {
-  const int tile = task.block.tile, half_bytes = tile * kUnitK / 2;
+// One thread sends the finished L1 tile to the pool of h and counts it.
+__device__ inline void store_l1_tile(const MegaMoeParams& p, SharedStorage& smem, uint32_t* h_ready, const Task& task) {
+  const int tile = task.block.tile;
   const int64_t row = task.block.row;
-  ptx::bulk_store(p.local<uint8_t>(p.ws.pool_h) + row * p.shape.intermediate + task.tile * tile * kUnitK + part * half_bytes,
-                  ptx::smem_address(smem.scratch + part * half_bytes), half_bytes);
-  if (part == 0) {
-    ptx::bulk_store(p.local<float>(p.ws.pool_h_scale) + row * p.shape.num_features_tiles() + task.tile * tile,
-                    ptx::smem_address(smem.h_scale), tile * 4);
-  }
+  ptx::bulk_store(p.local<uint8_t>(p.ws.pool_h) + row * p.shape.intermediate + task.tile * tile * kUnitK, ptx::smem_address(smem.scratch),
+                  tile * kUnitK);
+  ptx::bulk_store(p.local<float>(p.ws.pool_h_scale) + row * p.shape.num_features_tiles() + task.tile * tile,
+                  ptx::smem_address(smem.h_scale), tile * 4);
   ptx::bulk_commit();
   ptx::bulk_wait_all();
   ptx::fence_async_global();
@@ -143,11 +141,12 @@ __device__ inline void serve(const MegaMoeParams& p, SharedStorage& smem, const 
   uint32_t phase = 0;
   auto tile_finished = [&](const Task& task) {
     const bool mine = ptx::mbarrier_test_wait(tiles.full[part], phase);
-    return __all_sync(~0u, mine && (!task.is_l1 || ptx::mbarrier_test_wait(tiles.full[part ^ 1], phase)));
+    const bool alone = !task.is_l1 || part != 0;
+    return __all_sync(~0u, mine && (alone || ptx::mbarrier_test_wait(tiles.full[1], phase)));
   };
   auto send = [&](const Task& task) {
     if (task.is_l1) {
-      if (lane == 0) store_l1_tile(p, smem, h_ready, task, part);
+      if (lane == 0 && part == 0) store_l1_tile(p, smem, h_ready, task);
     } else {
       store_l2_rows(p, smem, task, part, lane);
     }
