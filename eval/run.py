@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import math
 import signal
 import sys
 from dataclasses import asdict, dataclass
@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
 from sgl_eval.runner import run_examples
 from sgl_eval.types import Example, GenConfig, Sample
 from tqdm import tqdm
@@ -71,16 +70,16 @@ def run_settings(
         "prompt": benchmark.prompt_name,
         "base_url": recorded_url or base_url,
         "model": sampler.model,
-        "server": _server_says(base_url, sampler.model),
+        "server": _server_says(sampler),
         **asdict(options),
         "sgl_eval": version("sgl-eval"),
     }
 
 
-def _server_says(base_url: str, model: str) -> dict[str, Any]:
+def _server_says(sampler: Sampler) -> dict[str, Any]:
     """The model entry of /models without what changes at every start: the CPU host names its kernel there."""
-    entries = httpx.get(f"{base_url.rstrip('/')}/models", timeout=30).json().get("data", [])
-    entry = next((e for e in entries if e.get("id") == model), {})
+    entries = (m.model_dump() for m in sampler.client.models.list().data)
+    entry = next((e for e in entries if e["id"] == sampler.model), {})
     return {k: v for k, v in entry.items() if k in ("kernel", "root", "max_model_len", "owned_by")}
 
 
@@ -93,10 +92,8 @@ def default_directory(settings: dict[str, Any]) -> Path:
 
 def open_directory(out: Path, settings: dict[str, Any], fresh: bool) -> None:
     """Prepare the run directory. Raises `Refusal` when it holds a run with other settings."""
-    path = out / "settings.json"
-    if fresh and path.exists():
-        shutil.rmtree(out)
-    if path.exists():
+    path, temporary = out / "settings.json", out / "settings.tmp"
+    if path.exists() and not fresh:
         known = json.loads(path.read_text())
         for key in settings:
             if known.get(key) != settings[key]:
@@ -104,10 +101,12 @@ def open_directory(out: Path, settings: dict[str, Any], fresh: bool) -> None:
                     f"{out} holds a run with {key}={known.get(key)!r}, not {settings[key]!r}: give another --out, or --fresh to start over."
                 )
         return
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
+    if path.exists():
+        for name in ("metrics.json", "records.jsonl", "answers.jsonl", "settings.json"):
+            (out / name).unlink(missing_ok=True)
+    elif out.exists() and any(p != temporary for p in out.iterdir()):
         raise Refusal(f"{out} is not empty and holds no run of ours: give another --out.")
-    temporary = path.with_suffix(".tmp")
+    out.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(settings, indent=1) + "\n")
     temporary.replace(path)
 
@@ -222,7 +221,7 @@ def write_report(
                     "end": g.sample.generation_end_time,
                 }
                 records.write(json.dumps(record, ensure_ascii=False) + "\n")
-    metrics = summarize(questions)
+    metrics = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summarize(questions).items()}  # JSON has no NaN
     seconds = active_seconds([a for q in questions for a in q])
     metrics["timing"] = {
         "active_seconds": seconds,

@@ -50,7 +50,7 @@ def summarize(questions: Sequence[Sequence[Attempt]]) -> dict[str, Any]:
         "n_repeats": n,
         "pass@1": accuracy,
         "standard_error": error,
-        "interval95": [low, high],
+        "interval95": None if math.isnan(low) else [low, high],
     }
     if n > 1:
         runs = [[q[i].score for q in questions if q[i].score is not None] for i in range(n)]

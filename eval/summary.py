@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 
 def percent(value: float | None) -> str:
-    return "n/a" if value is None or math.isnan(value) else f"{value:.2%}"
+    """A rate as a percentage; None: not measured."""
+    return "n/a" if value is None else f"{value:.2%}"
 
 
 def format_summary(name: str, metrics: dict[str, Any]) -> str:
     """The table printed at the end of a run."""
     n = metrics["n_repeats"]
-    low, high = metrics["interval95"]
+    low, high = metrics["interval95"] or (None, None)
     rows = [
         (
             f"pass@1[avg-of-{n}]",

@@ -223,3 +223,26 @@ def test_absent_server_is_refused(tmp_path: Path) -> None:
     write_questions(tmp_path / "data.jsonl", 2)
     with pytest.raises(Refusal, match="does not answer /models"):
         run("gsm8k", "--base-url", "http://127.0.0.1:9/v1", "--data", str(tmp_path / "data.jsonl"))
+
+
+def test_kill_before_the_first_question_can_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.tmp").write_text("{")  # what a kill while the settings are written leaves
+    with Stub() as stub:
+        assert run(*arguments(stub, tmp_path, tmp_path / "run")).exit_code == 0
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with Stub() as stub, pytest.raises(Refusal, match="holds no run of ours"):
+        run(*arguments(stub, tmp_path, tmp_path / "run"))
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
+
+
+def test_no_answer_at_all_has_no_accuracy(tmp_path: Path) -> None:
+    with Stub(fail_share=1.0) as stub:
+        result = run(*arguments(stub, tmp_path, tmp_path / "run", "--num-examples", "3", "--tries", "1"))
+    assert result.exit_code == 3
+    assert numbers(tmp_path / "run")["metrics"]["pass@1"] is None
+    assert "n/a" in result.output
