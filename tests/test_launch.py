@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -137,15 +138,15 @@ def test_the_same_command_uses_the_cpu_host_elsewhere(model, monkeypatch):
     assert forced.exit_code == 0, forced.output
 
 
-def test_sglang_knows_every_argument_that_we_read():
-    """Our names for its arguments, against its real parser."""
-    import argparse
-
-    from sglang.srt.server_args import ServerArgs
-
-    stock = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(stock)
-    known = {option for action in stock._actions for option in action.option_strings}
+def test_sglang_knows_every_argument_that_we_read(tmp_path):
+    """Our names for its arguments, against its real parser (in its own process: SGLang changes transformers for the whole one)."""
+    code = (
+        "import argparse, json; from sglang.srt.server_args import ServerArgs\n"
+        "stock = argparse.ArgumentParser(); ServerArgs.add_cli_args(stock)\n"
+        "print(json.dumps([option for action in stock._actions for option in action.option_strings]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    known = set(json.loads(done.stdout.splitlines()[-1]))
     ours = {option for action in sglang_args._parser()._actions for option in action.option_strings}
     shorthand = {"--tp", "--dp"}  # taken by SGLang as an abbreviation or on older versions
     assert ours - known <= shorthand, ours - known - shorthand
