@@ -139,7 +139,7 @@ def test_the_same_command_uses_the_cpu_host_elsewhere(model, monkeypatch):
 
 
 def test_sglang_knows_every_argument_that_we_read(tmp_path):
-    """Our names for its arguments, against its real parser (in its own process: SGLang changes transformers for the whole one)."""
+    """Our names for its arguments, against its real parser (in its own process: it changes transformers for the whole one)."""
     code = (
         "import argparse, json; from sglang.srt.server_args import ServerArgs\n"
         "stock = argparse.ArgumentParser(); ServerArgs.add_cli_args(stock)\n"
