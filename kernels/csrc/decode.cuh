@@ -2,6 +2,7 @@
 #pragma once
 #include "layout.cuh"
 #include "ptx/arithmetic.cuh"
+#include "ptx/memory.cuh"
 
 namespace hopper_moe {
 
@@ -17,19 +18,18 @@ __device__ __forceinline__ void decode_word(uint32_t word, uint32_t low, uint32_
   odd = ptx::prmt(low, high, magnitude >> 16) | ((word << 4) & 0x80808080u);
 }
 
-// One 64 x 128 unit in shared memory to the A fragments of its four k32 WGMMAs (a[4 * group + register]).
-__device__ __forceinline__ void decode_unit(uint32_t (&a)[16], const uint8_t* unit, int warp, int lane) {
-  const uint32_t* deltas = reinterpret_cast<const uint32_t*>(unit + kUnitNibbleBytes) + warp * 16 + lane / 4;
-  const uint32_t delta[2] = {deltas[0], deltas[8]};
-  const uint4* words = reinterpret_cast<const uint4*>(unit) + warp * 64 + lane;
-  const uint4 half[2] = {words[0], words[32]};
+// One 64 x 128 unit at a shared address to the A fragments of its four k32 WGMMAs (a[4 * group + register]).
+__device__ __forceinline__ void decode_unit(uint32_t (&a)[16], uint32_t unit, int warp, int lane) {
+  const uint32_t deltas = unit + kUnitNibbleBytes + (warp * 16 + lane / 4) * 4, words = unit + warp * 1024 + lane * 16;
+  const uint4 half[2] = {ptx::load_shared_v4(words), ptx::load_shared_v4(words + 512)};
+  const uint32_t delta[2] = {ptx::load_shared_u32(deltas), ptx::load_shared_u32(deltas + 32)};
 #pragma unroll
   for (int group = 0; group < 4; ++group) {
     const uint4& q = half[group / 2];
     const uint32_t word[2] = {group % 2 ? q.z : q.x, group % 2 ? q.w : q.y};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t d = (delta[r] >> (8 * group)) & 0xFFu;
+      const uint32_t d = ptx::prmt(delta[r], 0, 0x4440 + group);
       const uint32_t low = kMagnitudeLow + d * 0x08080800u, high = kMagnitudeHigh + d * 0x08080808u;
       decode_word(word[r], low, high, a[4 * group + r], a[4 * group + 2 + r]);
     }

@@ -1,13 +1,13 @@
-// From FP32 sums to what leaves the CTA: L1 -> SwiGLU -> E4M3 tile of h; L2 -> routing weight -> BF16 combine slots.
+// From FP32 sums to what leaves the CTA, in the service warps. L1: SwiGLU, requantisation, rows of h. L2: routing weight, BF16 rows to the
+// combine slots of their source ranks. Each service warp takes every kServiceWarps-th token group (8 tokens) of a tile with all its rows, so
+// nothing crosses warps.
 #pragma once
-#include "mainloop.cuh"
+#include "decode.cuh"
 #include "ptx/memory.cuh"
 #include "shared_storage.cuh"
 
 namespace hopper_moe {
 
-constexpr uint32_t kMathBarrier = 1;         // named barrier of both math warpgroups
-constexpr int kL2TileBytes = kMaxTokenTile * 128;   // one warpgroup's half of the scratch
 constexpr float kAmaxFloor = 7.8886090522101181e-31f;   // 2**-100
 constexpr float kE4m3Max = 448.f;
 
@@ -20,140 +20,170 @@ __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
 // 16-byte chunk `chunk` of row `row` in a [rows][128 B] tile with 128-byte swizzle.
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Hand-over of `scratch` from warpgroup w to service warp w: math waits until the previous tile has left, writes, arrives on full[w]; the
-// service warp sends, arrives on empty[w]. One completion a task on every barrier, so the task count gives the parity. An L1 tile belongs to
-// both warpgroups and lies in the first one's half: service warp 0 waits for both and sends it, and both warpgroups wait for empty[0] before
-// the next one. (In L2 a warpgroup may wait for its own barrier only: the other's may already be a phase ahead.)
-struct TileBarriers {
-  uint32_t full[2], empty[2];
+__device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
-  __device__ explicit TileBarriers(SharedStorage& smem)
-      : full{ptx::smem_address(&smem.tile_full[0]), ptx::smem_address(&smem.tile_full[1])},
-        empty{ptx::smem_address(&smem.tile_empty[0]), ptx::smem_address(&smem.tile_empty[1])} {}
-  __device__ void init() const {
-    for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(full[i], kMathWarps / 2);
-      ptx::mbarrier_init(empty[i], 1);
-    }
+// Row factors of 128 packed rows, four bytes of them in every lane; a lane asks for its fragment rows lane / 4 and lane / 4 + 8 of math warp w.
+struct RowScales {
+  uint32_t bytes;
+  int lane;
+  __device__ RowScales(const uint8_t* base, int lane) : bytes(__ldg(reinterpret_cast<const uint32_t*>(base) + lane)), lane(lane) {}
+  __device__ __forceinline__ float get(int warp, int half) const {
+    const uint32_t four = __shfl_sync(~0u, bytes, warp * 4 + half * 2 + lane / 16);
+    return row_scale(static_cast<uint8_t>(four >> (lane / 4 % 4 * 8)));
   }
 };
 
-struct MathContext {
-  const MegaMoeParams& p;
-  SharedStorage& smem;
-  const Ring& ring;
-  const TileBarriers& tiles;
-  MathThread me;
-  StageCursor cursor;
-  uint32_t num_tasks_done = 0;
+class Epilogue {
+ public:
+  __device__ Epilogue(const MegaMoeParams& p, SharedStorage& smem, const SumsBarriers& sums, int warp, int lane, uint32_t parity)
+      : p_(p), smem_(smem), sums_(sums), warp_(warp), lane_(lane),
+        h_ready_(p.local<uint32_t>(p.ws.h_ready) + parity * p.shape.max_blocks()),
+        group_done_(p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups()) {}
 
-  __device__ __forceinline__ int thread() const { return (me.warpgroup * 4 + me.warp) * 32 + me.lane; }
-  __device__ __forceinline__ void wait_scratch(int part) const { ptx::mbarrier_wait(tiles.empty[part], (num_tasks_done & 1) ^ 1); }
-  __device__ __forceinline__ void hand_over_scratch() {
+  // One pass's sums have arrived: turns them into what follows and gives the buffer back.
+  __device__ __forceinline__ void run_pass(const Task& task, int pass) {
+    if (!task.is_l1) {
+      run_l2(task);
+    } else {
+      activate(task, pass);
+      if (pass == 1) quantize(task);
+    }
+    release_sums();
+    if (!task.is_l1) {
+      if (lane_ == 0) ptx::red_add_release_gpu(group_done_ + task.tile / kGroupTiles, 1);   // carries all lanes' rows
+    } else if (pass == 1) {
+      ptx::fence_async_global();   // every lane's rows of h are read by bulk copies
+      __syncwarp();
+      if (lane_ == 0) ptx::red_add_release_gpu(h_ready_ + task.block.index, 1);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void release_sums() const {
     __syncwarp();
-    if (me.lane == 0) ptx::mbarrier_arrive(tiles.full[me.warpgroup]);
-    ++num_tasks_done;
+    if (lane_ == 0) ptx::mbarrier_arrive(sums_.empty);
   }
+  __device__ __forceinline__ float4* fragment(int math_warp, int group, int num_groups) const {
+    return smem_.sums + (math_warp * num_groups + group) * 32 + lane_;
+  }
+  // BF16 h of one fragment, two tokens a word: the first pass's is kept beside, the second's replaces its sums.
+  __device__ __forceinline__ uint32_t* h_word(int pass, int math_warp, int group, int num_groups) const {
+    return pass == 0 ? smem_.first_pass + (group * kMathWarps + math_warp) * 32 + lane_
+                     : reinterpret_cast<uint32_t*>(fragment(math_warp, group, num_groups));
+  }
+
+  // One pass of an L1 task: h = BF16(SwiGLU) of 64 features.
+  __device__ __forceinline__ void activate(const Task& task, int pass) {
+    const int num_groups = task.block.tile / 8;
+    const RowScales scales(p_.w13_base + int64_t{task.block.expert} * 2 * p_.shape.intermediate + (task.tile * 2 + pass) * kRowTile, lane_);
+#pragma unroll 1
+    for (int w = 0; w < kMathWarps; ++w) {
+      const float gate_scale = scales.get(w, 0), up_scale = scales.get(w, 1);
+#pragma unroll 2
+      for (int group = warp_; group < num_groups; group += kServiceWarps) {
+        const float4 v = *fragment(w, group, num_groups);
+        *h_word(pass, w, group, num_groups) = ptx::to_bf16x2(swiglu(v.x * gate_scale, v.z * up_scale, p_.swiglu_limit),
+                                                             swiglu(v.y * gate_scale, v.w * up_scale, p_.swiglu_limit));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void quantize(const Task& task) {
+    const int num_groups = task.block.tile / 8;
+#pragma unroll 1
+    for (int group = warp_; group < num_groups; group += kServiceWarps) {
+      float amax0 = kAmaxFloor, amax1 = kAmaxFloor;
+#pragma unroll
+      for (int i = 0; i < 2 * kMathWarps; ++i) {
+        const uint32_t h = *h_word(i / kMathWarps, i % kMathWarps, group, num_groups);
+        amax0 = fmaxf(amax0, fabsf(bf16_low(h)));
+        amax1 = fmaxf(amax1, fabsf(bf16_high(h)));
+      }
+      quantize_group(task, group, num_groups, amax0, amax1);
+    }
+  }
+
+  // Eight tokens x 128 features. A lane holds tokens 2q and 2q + 1 (q = lane % 4) of feature lane / 4 of every eight.
+  __device__ __forceinline__ void quantize_group(const Task& task, int group, int num_groups, float amax0, float amax1) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      amax0 = fmaxf(amax0, __shfl_xor_sync(~0u, amax0, step));
+      amax1 = fmaxf(amax1, __shfl_xor_sync(~0u, amax1, step));
+    }
+    const float inverse0 = __fdiv_rn(kE4m3Max, amax0), inverse1 = __fdiv_rn(kE4m3Max, amax1);
+    const int tile = task.block.tile;
+    const int64_t row = task.block.row;
+    if (lane_ < 4) {
+      float* scale = p_.local<float>(p_.ws.pool_h_scale) + row * p_.shape.num_features_tiles() + task.tile * tile + group * 8 + lane_ * 2;
+      *reinterpret_cast<float2*>(scale) = make_float2(__fdiv_rn(amax0, kE4m3Max), __fdiv_rn(amax1, kE4m3Max));
+    }
+    uint8_t* bytes = smem_.transpose[warp_];
+    uint8_t* mine = bytes + lane_ % 4 * 2 * kTransposePitch + lane_ / 4;
+    __syncwarp();   // the previous group's rows have been read
+#pragma unroll 4
+    for (int w = 0; w < kMathWarps; ++w) {
+#pragma unroll
+      for (int pass = 0; pass < 2; ++pass) {
+        const uint32_t h = *h_word(pass, w, group, num_groups);
+        const uint16_t q = ptx::to_e4m3x2(bf16_low(h) * inverse0, bf16_high(h) * inverse1);
+        mine[pass * 64 + w * 8] = static_cast<uint8_t>(q);
+        mine[pass * 64 + w * 8 + kTransposePitch] = static_cast<uint8_t>(q >> 8);
+      }
+    }
+    __syncwarp();
+    const int token = lane_ / 4;
+    uint8_t* out = p_.local<uint8_t>(p_.ws.pool_h) + row * p_.shape.intermediate + task.tile * tile * kUnitK;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int chunk = lane_ % 4 + i * 4;
+      *reinterpret_cast<uint4*>(out + swizzled(group * 8 + token, chunk)) = *reinterpret_cast<const uint4*>(bytes + token * kTransposePitch + chunk * 16);
+    }
+  }
+
+  __device__ __forceinline__ void run_l2(const Task& task) {
+    const Shape& s = p_.shape;
+    const int num_groups = task.block.tile / 8, first_row = task.tile * kRowTile;
+    const RowScales scales(p_.w2_base + int64_t{task.block.expert} * s.hidden + first_row, lane_);
+    const float* weights = p_.local<float>(p_.ws.pool_weight) + task.block.row;
+    const uint32_t* slots = p_.local<uint32_t>(p_.ws.pool_slot) + task.block.row;
+    const uint32_t transpose = ptx::smem_address(smem_.transpose[warp_]);
+#pragma unroll 1
+    for (int group = warp_; group < num_groups; group += kServiceWarps) {
+      const int token = group * 8 + lane_ / 4;
+      const float2 weight = __ldcg(reinterpret_cast<const float2*>(weights + group * 8 + lane_ % 4 * 2));
+      const uint32_t slot = __ldcg(slots + token);
+      __syncwarp();   // the previous group's rows have been read
+#pragma unroll 2
+      for (int w = 0; w < kMathWarps; w += 2) {
+        uint32_t pair[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float4 v = *fragment(w + i, group, num_groups);
+          const float low = scales.get(w + i, 0), high = scales.get(w + i, 1);
+          pair[2 * i] = ptx::to_bf16x2(v.x * low * weight.x, v.y * low * weight.y);
+          pair[2 * i + 1] = ptx::to_bf16x2(v.z * high * weight.x, v.w * high * weight.y);
+        }
+        ptx::store_matrix_x4_transposed(transpose + lane_ % 8 * kTransposePitch + (w * 2 + lane_ / 8) * 16, pair[0], pair[1], pair[2], pair[3]);
+      }
+      __syncwarp();
+      if (token < task.block.num_rows) {
+        uint16_t* out = p_.peer<uint16_t>(slot >> 24, p_.ws.combine) + int64_t{slot & 0xFFFFFFu} * s.hidden + first_row;
+        const uint8_t* row = smem_.transpose[warp_] + lane_ / 4 * kTransposePitch;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int chunk = lane_ % 4 + i * 4;
+          *reinterpret_cast<uint4*>(out + chunk * 8) = *reinterpret_cast<const uint4*>(row + chunk * 16);
+        }
+      }
+    }
+  }
+
+  const MegaMoeParams& p_;
+  SharedStorage& smem_;
+  const SumsBarriers& sums_;
+  const int warp_, lane_;
+  uint32_t *h_ready_, *group_done_;
 };
-
-// 128 features (two halves of 64) of one token block: product, activation, quantisation.
-template <int N>
-__device__ __forceinline__ void run_l1(MathContext& c, const Task& task) {
-  const Shape& s = c.p.shape;
-  const int thread = c.thread(), lane = c.me.lane;
-  const int num_chunks = s.hidden / kUnitK;
-  float* stash = reinterpret_cast<float*>(c.smem.scratch);
-  float h[N / 4];
-  for (int half = 0; half < 2; ++half) {
-    const uint8_t* base = c.p.w13_base + int64_t{task.block.expert} * 2 * s.intermediate + task.tile * 256 + half * kRowTile +
-                          c.me.warpgroup * kUnitRows + c.me.warp * 16 + lane / 4;
-    const uint8_t gate_base = __ldg(base), up_base = __ldg(base + 8);
-    float sum[N / 2];
-    MainLoop<N, true>(c.ring, c.cursor, c.me).run(sum, num_chunks, [](const uint8_t*) {});
-    const float gate_scale = row_scale(gate_base), up_scale = row_scale(up_base);
-#pragma unroll
-    for (int i = 0; i < N / 4; ++i) {
-      const int at = 4 * (i / 2) + i % 2;
-      h[i] = swiglu(sum[at] * gate_scale, sum[at + 2] * up_scale, c.p.swiglu_limit);
-    }
-    if (half == 0) {
-      c.wait_scratch(0);
-#pragma unroll
-      for (int i = 0; i < N / 4; ++i) stash[i * kMathThreads + thread] = h[i];
-    }
-  }
-  float first[N / 4];
-#pragma unroll
-  for (int i = 0; i < N / 4; ++i) {
-    first[i] = stash[i * kMathThreads + thread];
-    float amax = fmaxf(fabsf(first[i]), fabsf(h[i]));
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
-    if (lane < 4) c.smem.warp_amax[thread / 32][8 * (i / 2) + 2 * lane + i % 2] = amax;
-  }
-  ptx::named_barrier(kMathBarrier, kMathThreads);
-  if (thread < N) {
-    float amax = kAmaxFloor;
-#pragma unroll
-    for (int w = 0; w < kMathWarps; ++w) amax = fmaxf(amax, c.smem.warp_amax[w][thread]);
-    c.smem.h_scale[thread] = __fdiv_rn(amax, kE4m3Max);
-    c.smem.inverse_scale[thread] = __fdiv_rn(kE4m3Max, amax);
-  }
-  ptx::named_barrier(kMathBarrier, kMathThreads);
-  const int feature = c.me.warpgroup * 32 + c.me.warp * 8 + lane / 4;
-#pragma unroll
-  for (int i = 0; i < N / 4; ++i) {
-    const int token = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
-    const float inverse = c.smem.inverse_scale[token];
-    const uint16_t q = ptx::to_e4m3x2(first[i] * inverse, h[i] * inverse);
-    c.smem.scratch[swizzled(token, feature / 16) + feature % 16] = static_cast<uint8_t>(q);
-    c.smem.scratch[swizzled(token, feature / 16 + 4) + feature % 16] = static_cast<uint8_t>(q >> 8);
-  }
-  ptx::fence_async_shared();   // the tile leaves by bulk copy
-  c.hand_over_scratch();
-}
-
-// 128 output columns of one token block: product, routing weight, BF16 rows and their slots to the service warp.
-template <int N>
-__device__ __forceinline__ void run_l2(MathContext& c, const Task& task) {
-  const Shape& s = c.p.shape;
-  const int lane = c.me.lane, thread = c.me.warp * 32 + lane;   // in the warpgroup
-  const int first_row = task.tile * kRowTile + c.me.warpgroup * kUnitRows;
-  const uint8_t* base = c.p.w2_base + int64_t{task.block.expert} * s.hidden + first_row + c.me.warp * 16 + lane / 4;
-  const uint8_t low_base = __ldg(base), high_base = __ldg(base + 8);
-  uint32_t slot = 0;
-  float sum[N / 2];
-  MainLoop<N, false>(c.ring, c.cursor, c.me).run(sum, s.intermediate / kUnitK, [&](const uint8_t* stage) {
-    const uint8_t* rows = stage + stage_rows(N);
-#pragma unroll
-    for (int i = 0; i < N / 8; ++i) {
-      const float2 weight = *reinterpret_cast<const float2*>(rows + (8 * i + 2 * (lane % 4)) * 4);
-      sum[4 * i] *= weight.x;
-      sum[4 * i + 1] *= weight.y;
-      sum[4 * i + 2] *= weight.x;
-      sum[4 * i + 3] *= weight.y;
-    }
-    slot = reinterpret_cast<const uint32_t*>(rows + N * 4)[thread % N];   // no branch: the compiler would serialise the WGMMAs around it
-  });
-  const float low_scale = row_scale(low_base), high_scale = row_scale(high_base);
-  c.wait_scratch(c.me.warpgroup);
-  if (thread < N) c.smem.slots[c.me.warpgroup][thread] = slot;
-  const uint32_t tile_address = ptx::smem_address(c.smem.scratch + c.me.warpgroup * kL2TileBytes);
-  const uint32_t chunk = 2 * c.me.warp + lane / 8 % 2;
-  if constexpr (N == 8) {
-    ptx::store_matrix_x2_transposed(tile_address + swizzled(lane % 8, chunk), ptx::to_bf16x2(sum[0] * low_scale, sum[1] * low_scale),
-                                    ptx::to_bf16x2(sum[2] * high_scale, sum[3] * high_scale));
-  } else {
-#pragma unroll
-    for (int i = 0; i < N / 8; i += 2) {
-      const float* v = sum + 4 * i;
-      ptx::store_matrix_x4_transposed(
-          tile_address + swizzled(8 * i + lane / 16 * 8 + lane % 8, chunk), ptx::to_bf16x2(v[0] * low_scale, v[1] * low_scale),
-          ptx::to_bf16x2(v[2] * high_scale, v[3] * high_scale), ptx::to_bf16x2(v[4] * low_scale, v[5] * low_scale),
-          ptx::to_bf16x2(v[6] * high_scale, v[7] * high_scale));
-    }
-  }
-  c.hand_over_scratch();
-}
 
 }  // namespace hopper_moe

@@ -49,8 +49,8 @@ struct Workspace {
   int64_t exit_count;       // u32: CTAs that left the running launch
   int64_t expert_count;     // u32 [2][num_experts]: slots this rank's tokens ask of every expert
   int64_t x_ready;          // u32 [2][max_blocks]: pool rows written
-  int64_t h_ready;          // u32 [2][max_blocks]: L1 tiles stored
-  int64_t group_done;       // u32 [2][column groups]: (L2 task, warpgroup) pairs finished
+  int64_t h_ready;          // u32 [2][max_blocks]: (L1 task, service warp) pairs finished
+  int64_t group_done;       // u32 [2][column groups]: (L2 task, service warp) pairs finished
   int64_t control_bytes;    // everything above
   // this rank's tokens, written by pre-dispatch
   int64_t slot_list;        // u32 [num_experts][list_stride]: token * top_k + slot

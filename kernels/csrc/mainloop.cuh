@@ -21,10 +21,10 @@ __device__ __forceinline__ void multiply_chunk(float (&d)[N / 2], const uint32_t
 }
 
 template <int N>
-__device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N / 2], const uint8_t* scales, int lane) {
+__device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N / 2], uint32_t scales, int lane) {
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) {
-    const float2 scale = *reinterpret_cast<const float2*>(scales + (i * 8 + lane % 4 * 2) * 4);
+    const float2 scale = ptx::load_shared_float2(scales + (i * 8 + lane % 4 * 2) * 4);
     sum[4 * i + 0] = fmaf(d[4 * i + 0], scale.x, sum[4 * i + 0]);
     sum[4 * i + 1] = fmaf(d[4 * i + 1], scale.y, sum[4 * i + 1]);
     sum[4 * i + 2] = fmaf(d[4 * i + 2], scale.x, sum[4 * i + 2]);
@@ -32,20 +32,19 @@ __device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N 
   }
 }
 
-// Consumes the stages of one pass over k. `last_stage(data)` runs before the last stage is given back.
+// Consumes the stages of one pass over k.
 template <int N, bool kL1>
 class MainLoop {
  public:
   __device__ MainLoop(const Ring& ring, StageCursor& cursor, const MathThread& me) : ring_(ring), cursor_(cursor), me_(me) {}
 
-  template <typename LastStage>
-  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
+  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) sum[i] = 0.f;
     if constexpr (kChunks == 2) {
-      run_narrow(sum, num_chunks, last_stage);
+      run_narrow(sum, num_chunks);
     } else {
-      run_wide(sum, num_chunks, last_stage);
+      run_wide(sum, num_chunks);
     }
   }
 
@@ -57,10 +56,10 @@ class MainLoop {
     __syncwarp();
     if (me_.lane == 0) ptx::mbarrier_arrive(ring_.empty_barrier(at.stage));
   }
-  __device__ __forceinline__ const uint8_t* unit(const uint8_t* data, int chunk) const {
+  __device__ __forceinline__ uint32_t unit(uint32_t data, int chunk) const {
     return data + stage_weights(N) + (chunk * 2 + me_.warpgroup) * kUnitBytes;
   }
-  __device__ __forceinline__ uint32_t tile(const uint8_t* data, int chunk) const { return ptx::smem_address(data) + chunk * N * kUnitK; }
+  __device__ __forceinline__ static uint32_t tile(uint32_t data, int chunk) { return data + chunk * N * kUnitK; }
 
   // The assembler moves a decode past the wait for the multiply that it should overlap, unless a branch it cannot see through keeps the two
   // in different basic blocks: conditions on an opaque copy of the trip count, although always true, do that.
@@ -70,22 +69,21 @@ class MainLoop {
   }
 
   // Two chunks a stage (one in the last when the number of chunks is odd). While the tensor cores work on one stage the next is decoded.
-  template <typename LastStage>
-  __device__ __forceinline__ void run_narrow(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
+  __device__ __forceinline__ void run_narrow(float (&sum)[N / 2], int num_chunks) {
     uint32_t a[2][2][16];
     const int limit = opaque(num_chunks);
     wait_full(cursor_);
     decode_stage(a[0]);
     int chunk = 0;
     for (; chunk + 4 <= num_chunks; chunk += 4) {
-      narrow_step<2>(sum, a[0], a[1], chunk + 2 < limit, false, last_stage);
-      narrow_step<2>(sum, a[1], a[0], chunk + 4 < num_chunks, chunk + 4 == num_chunks, last_stage);
+      narrow_step<2>(sum, a[0], a[1], chunk + 2 < limit);
+      narrow_step<2>(sum, a[1], a[0], chunk + 4 < num_chunks);
     }
     if (chunk + 2 <= num_chunks) {
-      narrow_step<2>(sum, a[0], a[1], chunk + 2 < num_chunks, chunk + 2 == num_chunks, last_stage);
-      if (chunk + 3 == num_chunks) narrow_step<1>(sum, a[1], a[0], false, true, last_stage);
+      narrow_step<2>(sum, a[0], a[1], chunk + 2 < num_chunks);
+      if (chunk + 3 == num_chunks) narrow_step<1>(sum, a[1], a[0], false);
     } else if (chunk + 1 == num_chunks) {
-      narrow_step<1>(sum, a[0], a[1], false, true, last_stage);
+      narrow_step<1>(sum, a[0], a[1], false);
     }
   }
 
@@ -95,12 +93,11 @@ class MainLoop {
     decode_unit(a[1], unit(ring_.data(cursor_.stage), 1), me_.warp, me_.lane);
   }
 
-  template <int kNum, typename LastStage>
-  __device__ __forceinline__ void narrow_step(float (&sum)[N / 2], uint32_t (&now)[2][16], uint32_t (&next)[2][16], bool more, bool last,
-                                              LastStage&& last_stage) {
+  template <int kNum>
+  __device__ __forceinline__ void narrow_step(float (&sum)[N / 2], uint32_t (&now)[2][16], uint32_t (&next)[2][16], bool more) {
     float d[2][N / 2];
     const StageCursor at = cursor_;
-    const uint8_t* data = ring_.data(at.stage);
+    const uint32_t data = ring_.data(at.stage);
     ptx::wgmma_fence();
     multiply_chunk<N>(d[0], now[0], tile(data, 0), false);
     if constexpr (kNum == 2) multiply_chunk<N>(d[kL1 ? 0 : 1], now[1], tile(data, 1), kL1);
@@ -113,13 +110,11 @@ class MainLoop {
     ptx::wgmma_wait<0>();
     promote<N>(sum, d[0], data + stage_scales(N), me_.lane);
     if constexpr (!kL1 && kNum == 2) promote<N>(sum, d[1], data + stage_scales(N) + N * 4, me_.lane);
-    if (last) last_stage(data);
     release(at);
   }
 
   // One chunk a stage. L1 sums two chunks per scale group: the second multiply is queued behind the first without draining it.
-  template <typename LastStage>
-  __device__ __forceinline__ void run_wide(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
+  __device__ __forceinline__ void run_wide(float (&sum)[N / 2], int num_chunks) {
     uint32_t a[2][16];
     float d[N / 2];
     const int limit = opaque(num_chunks);
@@ -128,13 +123,13 @@ class MainLoop {
     int chunk = 0;
     for (; chunk + 1 < num_chunks; chunk += 2) {
       const StageCursor first = cursor_;
-      const uint8_t* first_data = ring_.data(first.stage);
+      const uint32_t first_data = ring_.data(first.stage);
       ptx::wgmma_fence();
       multiply_chunk<N>(d, a[0], tile(first_data, 0), false);
       ptx::wgmma_commit();
       cursor_.advance();
       const StageCursor second = cursor_;
-      const uint8_t* second_data = ring_.data(second.stage);
+      const uint32_t second_data = ring_.data(second.stage);
       if (chunk + 1 < limit) {
         wait_full(second);
         decode_unit(a[1], unit(second_data, 0), me_.warp, me_.lane);
@@ -158,19 +153,17 @@ class MainLoop {
       }
       ptx::wgmma_wait<0>();
       promote<N>(sum, d, second_data + stage_scales(N), me_.lane);
-      if (chunk + 2 == num_chunks) last_stage(second_data);
       release(second);
     }
     if (chunk < num_chunks) {
       const StageCursor at = cursor_;
-      const uint8_t* data = ring_.data(at.stage);
+      const uint32_t data = ring_.data(at.stage);
       ptx::wgmma_fence();
       multiply_chunk<N>(d, a[0], tile(data, 0), false);
       ptx::wgmma_commit();
       cursor_.advance();
       ptx::wgmma_wait<0>();
       promote<N>(sum, d, data + stage_scales(N), me_.lane);
-      last_stage(data);
       release(at);
     }
   }

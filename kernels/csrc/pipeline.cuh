@@ -12,20 +12,25 @@
 
 namespace hopper_moe {
 
-constexpr int kNumStages = 7;
+constexpr int kNumStages = 5;
 constexpr int kStageBytes = 26 * 1024;
 constexpr int kMathWarps = 8;
-constexpr int kMathThreads = 32 * kMathWarps;
+constexpr int kServiceWarps = 2;
 
 // What one stage holds for token tile N: chunks of 128 k. Activations first (their swizzle needs 1024-byte alignment), then weights, then
-// activation scales, then (last stage of an L2 task) the routing weight and slot of every row.
+// activation scales.
 __host__ __device__ constexpr int chunks_per_stage(int tile) { return tile <= 32 ? 2 : 1; }
 __host__ __device__ constexpr int stage_weights(int tile) { return chunks_per_stage(tile) * tile * kUnitK; }
 __host__ __device__ constexpr int stage_scales(int tile) { return stage_weights(tile) + chunks_per_stage(tile) * kRowTileBytes; }
-__host__ __device__ constexpr int stage_rows(int tile) { return stage_scales(tile) + chunks_per_stage(tile) * tile * 4; }
-__host__ __device__ constexpr int stage_end(int tile) { return stage_rows(tile) + 2 * tile * 4; }
+__host__ __device__ constexpr int stage_end(int tile) { return stage_scales(tile) + chunks_per_stage(tile) * tile * 4; }
 static_assert(stage_end(8) <= kStageBytes && stage_end(16) <= kStageBytes && stage_end(32) <= kStageBytes && stage_end(64) <= kStageBytes &&
               stage_end(128) <= kStageBytes);
+
+// All that the math warps need to know of a task, posted by the weight producer before the task's first stage. The producer is at most
+// kNumStages tasks ahead, so a slot is read long before it is written again.
+constexpr int kNumTaskSlots = 8;
+static_assert(kNumTaskSlots > kNumStages + 1);
+__host__ __device__ constexpr int task_code(bool is_l1, int tile) { return tile * 2 + is_l1; }
 
 struct StageCursor {
   int stage = 0;
@@ -39,10 +44,11 @@ struct StageCursor {
 };
 
 struct Ring {
-  uint8_t* stages;
-  uint32_t full, empty;    // shared addresses of kNumStages barriers each
+  uint32_t stages;         // shared addresses: of the data,
+  uint32_t full, empty;    // and of kNumStages barriers each
+  volatile int* task_slots;
 
-  __device__ __forceinline__ uint8_t* data(int stage) const { return stages + stage * kStageBytes; }
+  __device__ __forceinline__ uint32_t data(int stage) const { return stages + stage * kStageBytes; }
   __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
   __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
   __device__ void init() const {
@@ -57,8 +63,10 @@ struct Ring {
 __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring) {
   const Shape& s = p.shape;
   StageCursor cursor;
-  for (int index = blockIdx.x; index < tasks.num_tasks; index += gridDim.x) {
+  int sequence = 0;
+  for (int index = blockIdx.x; index < tasks.num_tasks; index += gridDim.x, ++sequence) {
     const Task task = tasks.get(table, p, index);
+    ring.task_slots[sequence % kNumTaskSlots] = task_code(task.is_l1, task.block.tile);
     const int tile = task.block.tile, per_stage = chunks_per_stage(tile);
     const int num_chunks = (task.is_l1 ? s.hidden : s.intermediate) / kUnitK;
     const int num_row_tiles = task.is_l1 ? 2 * s.num_features_tiles() : s.num_row_tiles();
@@ -72,7 +80,7 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
         const uint32_t num_bytes = min(per_stage, num_chunks - chunk) * kRowTileBytes;
         ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
         ptx::mbarrier_arrive_expect_tx(ring.full_barrier(cursor.stage), num_bytes);
-        ptx::bulk_load(ptx::smem_address(ring.data(cursor.stage) + stage_weights(tile)), weights, num_bytes,
+        ptx::bulk_load(ring.data(cursor.stage) + stage_weights(tile), weights, num_bytes,
                        ring.full_barrier(cursor.stage), policy);
         weights += num_bytes;
         cursor.advance();
@@ -96,25 +104,20 @@ __device__ inline void produce_activations(const MegaMoeParams& p, const ExpertT
     const uint8_t* pool = p.local<uint8_t>(task.is_l1 ? p.ws.pool_x : p.ws.pool_h) + int64_t{row} * k;
     const float* scales = p.local<float>(task.is_l1 ? p.ws.pool_x_scale : p.ws.pool_h_scale) + int64_t{row} * num_groups;
     const uint32_t* ready = (task.is_l1 ? x_ready : h_ready) + task.block.index;
-    const uint32_t target = task.is_l1 ? task.block.num_rows : s.num_features_tiles();
+    const uint32_t target = task.is_l1 ? task.block.num_rows : kServiceWarps * s.num_features_tiles();
     ptx::wait_at_least(ready, target);
     ptx::fence_async_global();
     for (int pass = 0; pass < (task.is_l1 ? 2 : 1); ++pass) {
       for (int chunk = 0; chunk < num_chunks; chunk += per_stage) {
         const int num = min(per_stage, num_chunks - chunk);
         const int group = chunk / chunks_per_group, groups = ceil_div(chunk + num, chunks_per_group) - group;
-        const bool with_rows = !task.is_l1 && chunk + num == num_chunks;
         const uint32_t tile_bytes = num * tile * kUnitK, scale_bytes = groups * tile * 4;
         const uint32_t full = ring.full_barrier(cursor.stage);
-        const uint32_t data = ptx::smem_address(ring.data(cursor.stage));
+        const uint32_t data = ring.data(cursor.stage);
         ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
-        ptx::mbarrier_arrive_expect_tx(full, tile_bytes + scale_bytes + (with_rows ? 2 * tile * 4 : 0));
+        ptx::mbarrier_arrive_expect_tx(full, tile_bytes + scale_bytes);
         ptx::bulk_load(data, pool + int64_t{chunk} * tile * kUnitK, tile_bytes, full, ptx::kEvictNormal);
         ptx::bulk_load(data + stage_scales(tile), scales + int64_t{group} * tile, scale_bytes, full, ptx::kEvictNormal);
-        if (with_rows) {
-          ptx::bulk_load(data + stage_rows(tile), p.local<float>(p.ws.pool_weight) + row, tile * 4, full, ptx::kEvictNormal);
-          ptx::bulk_load(data + stage_rows(tile) + tile * 4, p.local<uint32_t>(p.ws.pool_slot) + row, tile * 4, full, ptx::kEvictNormal);
-        }
         cursor.advance();
       }
     }

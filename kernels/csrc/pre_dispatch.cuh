@@ -1,8 +1,6 @@
 // Pre-dispatch: one launch from BF16 rows and routing to what the fused kernel reads: E4M3 rows with scales, the list of slots per expert.
 #pragma once
-#include "layout.cuh"
-#include "ptx/arithmetic.cuh"
-#include "ptx/memory.cuh"
+#include "epilogue.cuh"
 
 namespace hopper_moe {
 
@@ -21,20 +19,17 @@ struct PreDispatchParams {
 
 constexpr int kPreDispatchThreads = 256;
 
-__device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
 // One warp, one scale group of up to 256 features: 8 a lane.
 __device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out, float* scale, int lane, bool active) {
   uint4 v = make_uint4(0, 0, 0, 0);
   if (active) v = *reinterpret_cast<const uint4*>(in + lane * 8);
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-  float amax = 7.8886090522101181e-31f;   // 2**-100: a zero group has a finite 448 / amax
+  float amax = kAmaxFloor;   // a zero group has a finite 448 / amax
 #pragma unroll
   for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fmaxf(fabsf(bf16_low(words[i])), fabsf(bf16_high(words[i]))));
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
-  const float inverse = __fdiv_rn(448.f, amax);
+  const float inverse = __fdiv_rn(kE4m3Max, amax);
   uint32_t q[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -43,7 +38,7 @@ __device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out,
                << 16;
   }
   if (active) *reinterpret_cast<uint2*>(out + lane * 8) = make_uint2(q[0], q[1]);
-  if (lane == 0) *scale = __fdiv_rn(amax, 448.f);
+  if (lane == 0) *scale = __fdiv_rn(amax, kE4m3Max);
 }
 
 __global__ void __launch_bounds__(kPreDispatchThreads) pre_dispatch_kernel(const __grid_constant__ PreDispatchParams p) {

@@ -4,20 +4,31 @@
 
 namespace hopper_moe {
 
+constexpr int kTransposePitch = 272;   // 256 B of a token's row and 16 more: rows start in different banks
+
 struct SharedStorage {
   alignas(1024) uint8_t stages[kNumStages * kStageBytes];
-  // Epilogue scratch, one use at a time. L1: [N / 4][256] FP32 results of the first half, then the finished [N][128] E4M3 tile that the copy
-  // engine stores. L2: per warpgroup the [N][64] BF16 tile (swizzled) on its way to the combine slots.
-  alignas(1024) uint8_t scratch[kMaxTokenTile * 256];
-  alignas(16) float warp_amax[kMathWarps][kMaxTokenTile];
-  alignas(16) float inverse_scale[kMaxTokenTile];
-  alignas(16) float h_scale[kMaxTokenTile];
-  alignas(16) uint32_t slots[2][kMaxTokenTile];
+  // FP32 sums of one pass on their way from math to the service warps: [math warp][8 tokens][lane], the accumulator fragment of a lane.
+  alignas(16) float4 sums[kMathWarps * (kMaxTokenTile / 8) * 32];
+  // BF16 h of an L1 task's first pass: [8 tokens][math warp][lane], two tokens a word.
+  alignas(16) uint32_t first_pass[(kMaxTokenTile / 8) * kMathWarps * 32];
+  alignas(16) uint8_t transpose[kServiceWarps][8 * kTransposePitch];
   alignas(8) uint64_t full[kNumStages];
   uint64_t empty[kNumStages];
-  uint64_t tile_full[2], tile_empty[2];   // per warpgroup: its part of `scratch`, written by math, sent on by the service warp of that number
+  uint64_t sums_full, sums_empty;
+  int task_slots[kNumTaskSlots];
   ExpertTable experts;
 };
 static_assert(sizeof(SharedStorage) <= 227 * 1024);
+
+// Hand-over of `sums`: one completion a pass on either barrier.
+struct SumsBarriers {
+  uint32_t full, empty;
+  __device__ explicit SumsBarriers(SharedStorage& smem) : full(ptx::smem_address(&smem.sums_full)), empty(ptx::smem_address(&smem.sums_empty)) {}
+  __device__ void init() const {
+    ptx::mbarrier_init(full, kMathWarps);
+    ptx::mbarrier_init(empty, kServiceWarps);
+  }
+};
 
 }  // namespace hopper_moe

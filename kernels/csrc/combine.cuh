@@ -1,0 +1,70 @@
+// The weighted sum of every token's slots, column group by column group.
+#pragma once
+#include "epilogue.cuh"
+
+namespace hopper_moe {
+
+// The columns of one group, cut into units of one token x 256 columns (8 a lane).
+struct CombineGroup {
+  int index, first_column, num_columns, pieces, num_units;
+  uint32_t target;                   // (L2 task, service warp) pairs of the group
+
+  __device__ CombineGroup(const MegaMoeParams& p, const TaskList& tasks, int group) : index(group) {
+    const int num_tiles = min(kGroupTiles, p.shape.num_row_tiles() - group * kGroupTiles);
+    first_column = group * kGroupTiles * kRowTile;
+    num_columns = num_tiles * kRowTile;
+    pieces = ceil_div(num_columns, 256);
+    num_units = p.num_tokens * pieces;
+    target = static_cast<uint32_t>(tasks.num_blocks) * num_tiles * kServiceWarps;
+  }
+};
+
+// Sums the slots of one unit's token in ascending order. Every L2 task of the group has stored its rows.
+__device__ inline void combine_unit(const MegaMoeParams& p, const CombineGroup& group, int unit, int lane) {
+  const Shape& s = p.shape;
+  const int token = unit / group.pieces, offset = (unit - token * group.pieces) * 256 + lane * 8;
+  const int id = lane < s.top_k ? __ldg(p.local<int>(p.ws.topk_ids) + token * s.top_k + lane) : -1;
+  uint32_t valid = __ballot_sync(~0u, id >= 0);
+  if (offset >= group.num_columns) return;
+  const int column = group.first_column + offset;
+  const uint16_t* slots = p.local<uint16_t>(p.ws.combine) + int64_t{token} * s.top_k * s.hidden + column;
+  float sum[8] = {};
+  while (valid) {
+    uint4 v[4];
+    uint32_t rest = valid;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {    // four loads in flight
+      if (rest) v[i] = ptx::load_l2(slots + int64_t{__ffs(rest) - 1} * s.hidden);
+      rest &= rest - 1;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (!valid) break;
+      const uint32_t words[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        sum[2 * w] += bf16_low(words[w]);
+        sum[2 * w + 1] += bf16_high(words[w]);
+      }
+      valid &= valid - 1;
+    }
+  }
+  uint4 out;
+  out.x = ptx::to_bf16x2(sum[0], sum[1]);
+  out.y = ptx::to_bf16x2(sum[2], sum[3]);
+  out.z = ptx::to_bf16x2(sum[4], sum[5]);
+  out.w = ptx::to_bf16x2(sum[6], sum[7]);
+  *reinterpret_cast<uint4*>(p.y + int64_t{token} * s.hidden + column) = out;
+}
+
+// All units of a group, shared out over `num_workers` warps, after waiting for the group.
+__device__ inline void combine_group(const MegaMoeParams& p, const TaskList& tasks, const uint32_t* group_done, int index, int worker,
+                                     int num_workers, int lane) {
+  const CombineGroup group(p, tasks, index);
+  if (worker >= group.num_units) return;
+  if (lane == 0) ptx::wait_at_least(group_done + index, group.target);
+  __syncwarp();
+  for (int unit = worker; unit < group.num_units; unit += num_workers) combine_unit(p, group, unit, lane);
+}
+
+}  // namespace hopper_moe
