@@ -94,7 +94,7 @@ def expert_hidden(
             rows = chunk // top_k
             gate_up = block_matmul(x_q[rows].view(torch.float8_e4m3fn), x_scale[rows], layout.ACT_GROUP, w13)
             h = swiglu(gate_up[:, :size], gate_up[:, size:], swiglu_limit)
-            q, scale = quantize_activations(h.float(), layout.H_GROUP)
+            q, scale = quantize_activations(h.to(torch.bfloat16).float(), layout.H_GROUP)
             hq[chunk], h_scale[chunk] = q.view(torch.uint8), scale
     lengths = [tokens.topk_ids.shape[0] for tokens in inputs]
     per_rank_q = hq.view(-1, top_k, size).view(torch.float8_e4m3fn).split(lengths)

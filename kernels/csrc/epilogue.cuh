@@ -23,17 +23,6 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) { ret
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
-// Row factors of 128 packed rows, four bytes of them in every lane; a lane asks for its fragment rows lane / 4 and lane / 4 + 8 of math warp w.
-struct RowScales {
-  uint32_t bytes;
-  int lane;
-  __device__ RowScales(const uint8_t* base, int lane) : bytes(__ldg(reinterpret_cast<const uint32_t*>(base) + lane)), lane(lane) {}
-  __device__ __forceinline__ float get(int warp, int half) const {
-    const uint32_t four = __shfl_sync(~0u, bytes, warp * 4 + half * 2 + lane / 16);
-    return row_scale(static_cast<uint8_t>(four >> (lane / 4 % 4 * 8)));
-  }
-};
-
 class Epilogue {
  public:
   __device__ Epilogue(const MegaMoeParams& p, SharedStorage& smem, const SumsBarriers& sums, int warp, int lane, uint32_t parity)
@@ -76,15 +65,13 @@ class Epilogue {
   // One pass of an L1 task: h = BF16(SwiGLU) of 64 features.
   __device__ __forceinline__ void activate(const Task& task, int pass) {
     const int num_groups = task.block.tile / 8;
-    const RowScales scales(p_.w13_base + int64_t{task.block.expert} * 2 * p_.shape.intermediate + (task.tile * 2 + pass) * kRowTile, lane_);
 #pragma unroll 1
-    for (int w = 0; w < kMathWarps; ++w) {
-      const float gate_scale = scales.get(w, 0), up_scale = scales.get(w, 1);
-#pragma unroll 2
-      for (int group = warp_; group < num_groups; group += kServiceWarps) {
+    for (int group = warp_; group < num_groups; group += kServiceWarps) {
+#pragma unroll 4
+      for (int w = 0; w < kMathWarps; ++w) {
         const float4 v = *fragment(w, group, num_groups);
-        *h_word(pass, w, group, num_groups) = ptx::to_bf16x2(swiglu(v.x * gate_scale, v.z * up_scale, p_.swiglu_limit),
-                                                             swiglu(v.y * gate_scale, v.w * up_scale, p_.swiglu_limit));
+        *h_word(pass, w, group, num_groups) =
+            ptx::to_bf16x2(swiglu(v.x, v.z, p_.swiglu_limit), swiglu(v.y, v.w, p_.swiglu_limit));
       }
     }
   }
@@ -144,25 +131,27 @@ class Epilogue {
   __device__ __forceinline__ void run_l2(const Task& task) {
     const Shape& s = p_.shape;
     const int num_groups = task.block.tile / 8, first_row = task.tile * kRowTile;
-    const RowScales scales(p_.w2_base + int64_t{task.block.expert} * s.hidden + first_row, lane_);
     const float* weights = p_.local<float>(p_.ws.pool_weight) + task.block.row;
     const uint32_t* slots = p_.local<uint32_t>(p_.ws.pool_slot) + task.block.row;
     const uint32_t transpose = ptx::smem_address(smem_.transpose[warp_]);
+    for (int row = lane_; row < task.block.tile; row += 32) {
+      smem_.row_weight[warp_][row] = __ldcg(weights + row);
+      smem_.row_slot[warp_][row] = __ldcg(slots + row);
+    }
 #pragma unroll 1
     for (int group = warp_; group < num_groups; group += kServiceWarps) {
-      const int token = group * 8 + lane_ / 4;
-      const float2 weight = __ldcg(reinterpret_cast<const float2*>(weights + group * 8 + lane_ % 4 * 2));
-      const uint32_t slot = __ldcg(slots + token);
       __syncwarp();   // the previous group's rows have been read
-#pragma unroll 2
+      const int token = group * 8 + lane_ / 4;
+      const float2 weight = *reinterpret_cast<const float2*>(&smem_.row_weight[warp_][group * 8 + lane_ % 4 * 2]);
+      const uint32_t slot = smem_.row_slot[warp_][token];
+#pragma unroll
       for (int w = 0; w < kMathWarps; w += 2) {
         uint32_t pair[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float4 v = *fragment(w + i, group, num_groups);
-          const float low = scales.get(w + i, 0), high = scales.get(w + i, 1);
-          pair[2 * i] = ptx::to_bf16x2(v.x * low * weight.x, v.y * low * weight.y);
-          pair[2 * i + 1] = ptx::to_bf16x2(v.z * high * weight.x, v.w * high * weight.y);
+          pair[2 * i] = ptx::to_bf16x2(v.x * weight.x, v.y * weight.y);
+          pair[2 * i + 1] = ptx::to_bf16x2(v.z * weight.x, v.w * weight.y);
         }
         ptx::store_matrix_x4_transposed(transpose + lane_ % 8 * kTransposePitch + (w * 2 + lane_ / 8) * 16, pair[0], pair[1], pair[2], pair[3]);
       }

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
 
   if (warp < kMathWarps) {
     ptx::set_max_registers_up<kMathRegisters>();
-    MathContext c{smem, ring, sums, {warp / 4, warp % 4, lane}, p.shape.hidden / kUnitK, p.shape.intermediate / kUnitK};
+    MathContext c{smem, ring, sums, {warp / 4, warp % 4, lane}, p};
     run_math(c, warp_uniform(tasks.num_tasks));
     combine_group(p, tasks, group_done, last_group, worker, num_workers, lane);
   } else {

@@ -30,7 +30,10 @@ static_assert(stage_end(8) <= kStageBytes && stage_end(16) <= kStageBytes && sta
 // kNumStages tasks ahead, so a slot is read long before it is written again.
 constexpr int kNumTaskSlots = 8;
 static_assert(kNumTaskSlots > kNumStages + 1);
-__host__ __device__ constexpr int task_code(bool is_l1, int tile) { return tile * 2 + is_l1; }
+struct TaskSlot {
+  int code;        // 2 * token tile + is_l1
+  int first_row;   // first packed row of the task in w13_base / w2_base, counted over all local experts
+};
 
 struct StageCursor {
   int stage = 0;
@@ -46,7 +49,7 @@ struct StageCursor {
 struct Ring {
   uint32_t stages;         // shared addresses: of the data,
   uint32_t full, empty;    // and of kNumStages barriers each
-  volatile int* task_slots;
+  volatile TaskSlot* task_slots;
 
   __device__ __forceinline__ uint32_t data(int stage) const { return stages + stage * kStageBytes; }
   __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
@@ -66,11 +69,12 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
   int sequence = 0;
   for (int index = blockIdx.x; index < tasks.num_tasks; index += gridDim.x, ++sequence) {
     const Task task = tasks.get(table, p, index);
-    ring.task_slots[sequence % kNumTaskSlots] = task_code(task.is_l1, task.block.tile);
     const int tile = task.block.tile, per_stage = chunks_per_stage(tile);
     const int num_chunks = (task.is_l1 ? s.hidden : s.intermediate) / kUnitK;
     const int num_row_tiles = task.is_l1 ? 2 * s.num_features_tiles() : s.num_row_tiles();
     const int passes = task.is_l1 ? 2 : 1, first_row_tile = task.tile * passes;
+    ring.task_slots[sequence % kNumTaskSlots].code = 2 * tile + task.is_l1;
+    ring.task_slots[sequence % kNumTaskSlots].first_row = (task.block.expert * num_row_tiles + first_row_tile) * kRowTile;
     const uint8_t* weights = (task.is_l1 ? p.w13_packed : p.w2_packed) +
                              (int64_t{task.block.expert} * num_row_tiles + first_row_tile) * num_chunks * kRowTileBytes;
     const bool once = table.block_base[task.block.expert + 1] - table.block_base[task.block.expert] == 1;
