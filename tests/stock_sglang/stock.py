@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,18 +58,19 @@ def write_model(folder: Path, expert_dtype: str = "I8", **changes: Any) -> Path:
 
 # ---- resolution
 
+LEGACY = os.environ.get("STOCK_SGLANG") == "0.5.17"
+
 
 def simulate_sm90() -> None:
-    from sglang.srt.runtime_context import override_platform
-
-    override_platform(
-        is_cuda=True, is_sm90=True, is_sm100=False, is_hip=False, is_sm120=False, is_blackwell=False, device_sm=90, device_capability=(9, 0)
-    ).install()
-
-
+    """0.5.17 has no such override: there the machine stays a CPU, and only 0.5.23's SM90 rules are exercised."""
     from sglang.srt.layers.moe.token_dispatcher import standard
     from sglang.srt.models import deepseek_v2
 
+    if not LEGACY:
+        from sglang.srt.runtime_context import override_platform
+
+        facts = dict.fromkeys(("is_sm100", "is_sm120", "is_blackwell", "is_hip"), False) | {"device_sm": 90, "device_capability": (9, 0)}
+        override_platform(is_cuda=True, is_sm90=True, **facts).install()
     deepseek_v2._is_cuda = True  # computed at import from the real machine: elsewhere it multiplies the routed factor in by itself
     standard.get_device = lambda: "cpu"  # where the dispatcher puts its table
 
@@ -87,7 +89,8 @@ def resolve(model: Path, *argv: str, backend: str = "hopper_moe") -> Any:
 
     forget_settings()
     args = prepare_server_args(["--model-path", str(model), "--device", "cuda", "--log-level", "error", "--moe-runner-backend", backend, *argv])
-    args.resolve_once()
+    if not LEGACY:
+        args.resolve_once()
     return args
 
 
@@ -97,17 +100,35 @@ def publish(args: Any, rank: int = 0) -> None:
     from sglang.srt.layers.moe.utils import initialize_moe_config
 
     runtime_context.reset_context()
-    runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=rank))
-    initialize_moe_config()
+    if LEGACY:
+        runtime_context.publish(args, role="scheduler")
+        initialize_moe_config(args)
+    else:
+        runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=rank))
+        initialize_moe_config()
 
 
-def join(store: Path, rank: int = 0, world_size: int = 1) -> None:
+def join(args: Any, store: Path, rank: int = 0, world_size: int = 1) -> None:
     """Build SGLang's own process groups over gloo, meeting in the file `store`; after `publish`."""
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
 
     os.environ["SGLANG_NCCL_SO_PATH"] = "/no/nccl/on/a/machine/without/gpu"  # SGLang then leaves NCCL out
     init_distributed_environment(world_size, rank, f"file://{store}", rank, "gloo")
-    initialize_model_parallel(backend="gloo")
+    if LEGACY:
+        sizes = {"tensor_model_parallel_size": args.tp_size, "expert_model_parallel_size": args.ep_size}
+        initialize_model_parallel(**sizes, attention_data_parallel_size=args.dp_size if args.enable_dp_attention else 1, backend="gloo")
+        _place_experts(args, rank)
+    else:
+        initialize_model_parallel(backend="gloo")
+
+
+def _place_experts(args: Any, rank: int) -> None:
+    """0.5.17's MegaMoE path wants to know where experts are, as its model runner does before it loads."""
+    from sglang.srt.eplb import expert_location
+
+    object.__setattr__(args, "device", "cpu")  # this process only: the tables would go to the GPU
+    found = expert_location.compute_initial_expert_location_metadata(args, args.get_model_config(), rank % args.ep_size)
+    expert_location.set_global_expert_location_metadata(found)
 
 
 def in_ranks(work: Callable[[int], Any], args: Any, world_size: int, folder: Path) -> list[Any]:
@@ -122,7 +143,7 @@ def in_ranks(work: Callable[[int], Any], args: Any, world_size: int, folder: Pat
     def run(rank: int) -> None:
         try:
             publish(args, rank)
-            join(store, rank, world_size)
+            join(args, store, rank, world_size)
             found, problem = work(rank), None
         except BaseException:
             found, problem = None, traceback.format_exc()
@@ -138,8 +159,9 @@ def in_ranks(work: Callable[[int], Any], args: Any, world_size: int, folder: Pat
             assert problem is None, f"rank {rank}:\n{problem}"
             found[rank] = pickle.loads(result)
     finally:
-        for process in processes:
-            process.join(5) if len(found) == world_size else process.kill()
+        for process in processes:  # they have said all they had to say; leaving gloo in good order takes seconds
+            process.kill()
+            process.join()
     return [found[rank] for rank in range(world_size)]
 
 
@@ -150,7 +172,7 @@ def quant_config(is_fp4: bool = True, **changes: Any) -> Any:
     from sglang.srt.layers.quantization.fp8 import Fp8Config
 
     return Fp8Config(
-        is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", weight_block_size=[128, 128], is_fp4_experts=is_fp4, scale_fmt="ue8m0", **changes
+        is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", weight_block_size=[128, 128], is_fp4_experts=is_fp4, **changes
     )
 
 
@@ -227,9 +249,14 @@ def moe_block(checkpoint: Checkpoint, **changes: Any) -> Any:
     from sglang.srt.models.deepseek_v2 import DeepseekV2MoE
     from transformers import PretrainedConfig
 
+    config = PretrainedConfig.from_dict(config_dict(n_group=1, topk_group=1, **changes))
+    if LEGACY:  # there the model decides about shared-expert fusion before it builds its layers
+        from sglang.srt.models.deepseek_v4 import DeepseekV4ForCausalLM
+
+        DeepseekV4ForCausalLM.determine_num_fused_shared_experts(SimpleNamespace(config=config))
     with _bf16():
         block = DeepseekV2MoE(
-            config=PretrainedConfig.from_dict(config_dict(n_group=1, topk_group=1, **changes)),
+            config=config,
             layer_id=0, quant_config=quant_config(ignored_layers=SHARED), prefix="model.layers.0.mlp", is_deepseek_v4=True,
         )  # fmt: skip
     _load_shared(block.shared_experts, checkpoint)
