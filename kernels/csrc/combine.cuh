@@ -43,8 +43,8 @@ __device__ inline void combine_unit(const MegaMoeParams& p, const CombineGroup& 
       const uint32_t words[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        sum[2 * w] += bf16_low(words[w]);
-        sum[2 * w + 1] += bf16_high(words[w]);
+        sum[2 * w] += ptx::bf16_low(words[w]);
+        sum[2 * w + 1] += ptx::bf16_high(words[w]);
       }
       valid &= valid - 1;
     }

@@ -39,4 +39,11 @@ __device__ inline void dispatch_row(const MegaMoeParams& p, const ExpertTable& t
   }
 }
 
+// All rows, expert by expert as the products need them, shared out over `num_workers` warps of the grid.
+__device__ inline void dispatch(const MegaMoeParams& p, const ExpertTable& table, uint32_t parity, int worker, int num_workers, int lane) {
+  uint32_t* x_ready = p.local<uint32_t>(p.ws.x_ready) + parity * p.shape.max_blocks();
+  const int num_rows = table.slot_base[p.shape.num_local_experts];
+  for (int row = worker; row < num_rows; row += num_workers) dispatch_row(p, table, x_ready, row, lane);
+}
+
 }  // namespace hopper_moe

@@ -11,6 +11,11 @@ namespace hopper_moe {
 
 struct MathThread {
   int warpgroup, warp, lane;    // warp: 0..3 in the warpgroup
+
+  // The two warpgroups take turns: left alone they fall into step, decode at the same time and then wait for the tensor cores at the same
+  // time. Whoever has the turn uses the contended unit (narrow tiles: the integer pipe that decodes; wide ones: the tensor cores).
+  __device__ __forceinline__ void wait_turn() const { ptx::named_barrier_sync(1 + warpgroup, 256); }
+  __device__ __forceinline__ void pass_turn() const { ptx::named_barrier_arrive(2 - warpgroup, 256); }
 };
 
 template <int N>
@@ -32,19 +37,20 @@ __device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N 
   }
 }
 
-// Consumes the stages of one pass over k.
+// Consumes the stages of one pass over k. `last_stage(address)` runs before the last stage is given back; it must not branch.
 template <int N, bool kL1>
 class MainLoop {
  public:
   __device__ MainLoop(const Ring& ring, StageCursor& cursor, const MathThread& me) : ring_(ring), cursor_(cursor), me_(me) {}
 
-  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks) {
+  template <typename LastStage>
+  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) sum[i] = 0.f;
     if constexpr (kChunks == 2) {
-      run_narrow(sum, num_chunks);
+      run_narrow(sum, num_chunks, last_stage);
     } else {
-      run_wide(sum, num_chunks);
+      run_wide(sum, num_chunks, last_stage);
     }
   }
 
@@ -69,32 +75,36 @@ class MainLoop {
   }
 
   // Two chunks a stage (one in the last when the number of chunks is odd). While the tensor cores work on one stage the next is decoded.
-  __device__ __forceinline__ void run_narrow(float (&sum)[N / 2], int num_chunks) {
+  template <typename LastStage>
+  __device__ __forceinline__ void run_narrow(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
     uint32_t a[2][2][16];
     const int limit = opaque(num_chunks);
     wait_full(cursor_);
     decode_stage(a[0]);
     int chunk = 0;
     for (; chunk + 4 <= num_chunks; chunk += 4) {
-      narrow_step<2>(sum, a[0], a[1], chunk + 2 < limit);
-      narrow_step<2>(sum, a[1], a[0], chunk + 4 < num_chunks);
+      narrow_step<2>(sum, a[0], a[1], chunk + 2 < limit, false, last_stage);
+      narrow_step<2>(sum, a[1], a[0], chunk + 4 < num_chunks, chunk + 4 == num_chunks, last_stage);
     }
     if (chunk + 2 <= num_chunks) {
-      narrow_step<2>(sum, a[0], a[1], chunk + 2 < num_chunks);
-      if (chunk + 3 == num_chunks) narrow_step<1>(sum, a[1], a[0], false);
+      narrow_step<2>(sum, a[0], a[1], chunk + 2 < num_chunks, chunk + 2 == num_chunks, last_stage);
+      if (chunk + 3 == num_chunks) narrow_step<1>(sum, a[1], a[0], false, true, last_stage);
     } else if (chunk + 1 == num_chunks) {
-      narrow_step<1>(sum, a[0], a[1], false);
+      narrow_step<1>(sum, a[0], a[1], false, true, last_stage);
     }
   }
 
   // Of an odd last stage the second half holds stale bytes: decoded, never multiplied.
   __device__ __forceinline__ void decode_stage(uint32_t (&a)[2][16]) const {
+    me_.wait_turn();
     decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
     decode_unit(a[1], unit(ring_.data(cursor_.stage), 1), me_.warp, me_.lane);
+    me_.pass_turn();
   }
 
-  template <int kNum>
-  __device__ __forceinline__ void narrow_step(float (&sum)[N / 2], uint32_t (&now)[2][16], uint32_t (&next)[2][16], bool more) {
+  template <int kNum, typename LastStage>
+  __device__ __forceinline__ void narrow_step(float (&sum)[N / 2], uint32_t (&now)[2][16], uint32_t (&next)[2][16], bool more, bool last,
+                                              LastStage&& last_stage) {
     float d[2][N / 2];
     const StageCursor at = cursor_;
     const uint32_t data = ring_.data(at.stage);
@@ -110,11 +120,13 @@ class MainLoop {
     ptx::wgmma_wait<0>();
     promote<N>(sum, d[0], data + stage_scales(N), me_.lane);
     if constexpr (!kL1 && kNum == 2) promote<N>(sum, d[1], data + stage_scales(N) + N * 4, me_.lane);
+    if (last) last_stage(data);
     release(at);
   }
 
   // One chunk a stage. L1 sums two chunks per scale group: the second multiply is queued behind the first without draining it.
-  __device__ __forceinline__ void run_wide(float (&sum)[N / 2], int num_chunks) {
+  template <typename LastStage>
+  __device__ __forceinline__ void run_wide(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
     uint32_t a[2][16];
     float d[N / 2];
     const int limit = opaque(num_chunks);
@@ -124,9 +136,11 @@ class MainLoop {
     for (; chunk + 1 < num_chunks; chunk += 2) {
       const StageCursor first = cursor_;
       const uint32_t first_data = ring_.data(first.stage);
+      me_.wait_turn();
       ptx::wgmma_fence();
       multiply_chunk<N>(d, a[0], tile(first_data, 0), false);
       ptx::wgmma_commit();
+      if constexpr (!kL1) me_.pass_turn();
       cursor_.advance();
       const StageCursor second = cursor_;
       const uint32_t second_data = ring_.data(second.stage);
@@ -138,10 +152,12 @@ class MainLoop {
         ptx::wgmma_wait<0>();
         promote<N>(sum, d, first_data + stage_scales(N), me_.lane);
         release(first);
+        me_.wait_turn();
       }
       ptx::wgmma_fence();
       multiply_chunk<N>(d, a[1], tile(second_data, 0), kL1);
       ptx::wgmma_commit();
+      me_.pass_turn();
       cursor_.advance();
       if constexpr (kL1) {
         ptx::wgmma_wait<1>();
@@ -153,17 +169,21 @@ class MainLoop {
       }
       ptx::wgmma_wait<0>();
       promote<N>(sum, d, second_data + stage_scales(N), me_.lane);
+      if (chunk + 2 == num_chunks) last_stage(second_data);
       release(second);
     }
     if (chunk < num_chunks) {
       const StageCursor at = cursor_;
       const uint32_t data = ring_.data(at.stage);
+      me_.wait_turn();
       ptx::wgmma_fence();
       multiply_chunk<N>(d, a[0], tile(data, 0), false);
       ptx::wgmma_commit();
+      me_.pass_turn();
       cursor_.advance();
       ptx::wgmma_wait<0>();
       promote<N>(sum, d, data + stage_scales(N), me_.lane);
+      last_stage(data);
       release(at);
     }
   }

@@ -1,5 +1,6 @@
 // The fused MoE kernel for SM90: dispatch, L1, SwiGLU, requantisation, L2 and combine in one persistent launch. See kernels/README.md.
 #pragma once
+#include "dispatch.cuh"
 #include "products.cuh"
 #include "service.cuh"
 
@@ -32,10 +33,10 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(shared_memory);
   const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   const Ring ring{ptx::smem_address(smem.stages), ptx::smem_address(smem.full), ptx::smem_address(smem.empty), smem.task_slots};
-  const SumsBarriers sums(smem);
+  const TileBarriers tile(smem);
   if (threadIdx.x == 0) {
     ring.init();
-    sums.init();
+    tile.init();
     ptx::fence_mbarrier_init();
   }
   ptx::grid_dependency_wait();   // pre-dispatch: tokens, lists and counts
@@ -45,10 +46,13 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
   const uint32_t* group_done = p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups();
   // When nothing is left but the last columns, every warp helps to combine them.
   const int last_group = p.shape.num_column_groups() - 1, worker = blockIdx.x + warp * gridDim.x, num_workers = kNumWarps * gridDim.x;
+  // Rows are dispatched before the first product by all that would otherwise wait for them; the weights are on their way meanwhile.
+  const int num_dispatchers = (kMathWarps + kServiceWarps) * gridDim.x;
 
   if (warp < kMathWarps) {
     ptx::set_max_registers_up<kMathRegisters>();
-    MathContext c{smem, ring, sums, {warp / 4, warp % 4, lane}, p};
+    dispatch(p, smem.experts, parity, worker, num_dispatchers, lane);
+    MathContext c{p, smem, ring, tile, {warp / 4, warp % 4, lane}};
     run_math(c, warp_uniform(tasks.num_tasks));
     combine_group(p, tasks, group_done, last_group, worker, num_workers, lane);
   } else {
@@ -58,7 +62,9 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
     } else if (warp == kActivationWarp) {
       if (lane == 0) produce_activations(p, smem.experts, tasks, ring, parity);
     } else {
-      ServiceWarp service(p, smem, sums, tasks, warp - kFirstServiceWarp, lane, parity);
+      const int part = warp - kFirstServiceWarp;
+      dispatch(p, smem.experts, parity, blockIdx.x + (kMathWarps + part) * gridDim.x, num_dispatchers, lane);
+      ServiceWarp service(p, smem, tile, tasks, part, lane, parity);
       clear_next_counters(p, parity, service.worker() * 32 + lane, service.num_workers() * 32);
       service.run();
     }

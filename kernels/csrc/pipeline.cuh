@@ -12,23 +12,24 @@
 
 namespace hopper_moe {
 
-constexpr int kNumStages = 5;
+constexpr int kNumStages = 7;
 constexpr int kStageBytes = 26 * 1024;
 constexpr int kMathWarps = 8;
 constexpr int kServiceWarps = 2;
 
 // What one stage holds for token tile N: chunks of 128 k. Activations first (their swizzle needs 1024-byte alignment), then weights, then
-// activation scales.
+// activation scales, then (last stage of an L2 task) the routing weights of the rows.
 __host__ __device__ constexpr int chunks_per_stage(int tile) { return tile <= 32 ? 2 : 1; }
 __host__ __device__ constexpr int stage_weights(int tile) { return chunks_per_stage(tile) * tile * kUnitK; }
 __host__ __device__ constexpr int stage_scales(int tile) { return stage_weights(tile) + chunks_per_stage(tile) * kRowTileBytes; }
-__host__ __device__ constexpr int stage_end(int tile) { return stage_scales(tile) + chunks_per_stage(tile) * tile * 4; }
+__host__ __device__ constexpr int stage_row_weights(int tile) { return stage_scales(tile) + chunks_per_stage(tile) * tile * 4; }
+__host__ __device__ constexpr int stage_end(int tile) { return stage_row_weights(tile) + tile * 4; }
 static_assert(stage_end(8) <= kStageBytes && stage_end(16) <= kStageBytes && stage_end(32) <= kStageBytes && stage_end(64) <= kStageBytes &&
               stage_end(128) <= kStageBytes);
 
 // All that the math warps need to know of a task, posted by the weight producer before the task's first stage. The producer is at most
 // kNumStages tasks ahead, so a slot is read long before it is written again.
-constexpr int kNumTaskSlots = 8;
+constexpr int kNumTaskSlots = 16;
 static_assert(kNumTaskSlots > kNumStages + 1);
 struct TaskSlot {
   int code;        // 2 * token tile + is_l1
@@ -119,9 +120,13 @@ __device__ inline void produce_activations(const MegaMoeParams& p, const ExpertT
         const uint32_t full = ring.full_barrier(cursor.stage);
         const uint32_t data = ring.data(cursor.stage);
         ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
-        ptx::mbarrier_arrive_expect_tx(full, tile_bytes + scale_bytes);
+        const bool with_weights = !task.is_l1 && chunk + num == num_chunks;
+        ptx::mbarrier_arrive_expect_tx(full, tile_bytes + scale_bytes + (with_weights ? tile * 4 : 0));
         ptx::bulk_load(data, pool + int64_t{chunk} * tile * kUnitK, tile_bytes, full, ptx::kEvictNormal);
         ptx::bulk_load(data + stage_scales(tile), scales + int64_t{group} * tile, scale_bytes, full, ptx::kEvictNormal);
+        if (with_weights) {
+          ptx::bulk_load(data + stage_row_weights(tile), p.local<float>(p.ws.pool_weight) + row, tile * 4, full, ptx::kEvictNormal);
+        }
         cursor.advance();
       }
     }

@@ -26,15 +26,15 @@ __device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out,
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
   float amax = kAmaxFloor;   // a zero group has a finite 448 / amax
 #pragma unroll
-  for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fmaxf(fabsf(bf16_low(words[i])), fabsf(bf16_high(words[i]))));
+  for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fmaxf(fabsf(ptx::bf16_low(words[i])), fabsf(ptx::bf16_high(words[i]))));
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
   const float inverse = __fdiv_rn(kE4m3Max, amax);
   uint32_t q[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    q[i] = ptx::to_e4m3x2(__fmul_rn(bf16_low(words[2 * i]), inverse), __fmul_rn(bf16_high(words[2 * i]), inverse)) |
-           static_cast<uint32_t>(ptx::to_e4m3x2(__fmul_rn(bf16_low(words[2 * i + 1]), inverse), __fmul_rn(bf16_high(words[2 * i + 1]), inverse)))
+    q[i] = ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(words[2 * i]), inverse), __fmul_rn(ptx::bf16_high(words[2 * i]), inverse)) |
+           static_cast<uint32_t>(ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(words[2 * i + 1]), inverse), __fmul_rn(ptx::bf16_high(words[2 * i + 1]), inverse)))
                << 16;
   }
   if (active) *reinterpret_cast<uint2*>(out + lane * 8) = make_uint2(q[0], q[1]);

@@ -1,4 +1,5 @@
-// The math warpgroups: products only. Everything after the FP32 sums happens in the service warps, while the next product runs.
+// The math warpgroups: products, and what can be done to a sum in the register it is in. Everything that crosses threads is left to the
+// service warps, which work while the next product runs.
 #pragma once
 #include "mainloop.cuh"
 #include "shared_storage.cuh"
@@ -6,46 +7,106 @@
 namespace hopper_moe {
 
 struct MathContext {
+  const MegaMoeParams& p;
   SharedStorage& smem;
   const Ring& ring;
-  const SumsBarriers& sums;
+  const TileBarriers& tile;
   MathThread me;
-  const MegaMoeParams& p;
   StageCursor cursor;
-  uint32_t num_passes = 0;
+  uint32_t num_tasks_done = 0;
+
+  __device__ __forceinline__ int row_in_tile() const { return me.warpgroup * kUnitRows + me.warp * 16 + me.lane / 4; }
+  __device__ __forceinline__ void wait_tile() const { ptx::mbarrier_wait(tile.empty, (num_tasks_done & 1) ^ 1); }
+  __device__ __forceinline__ void hand_over_tile() {
+    __syncwarp();
+    if (me.lane == 0) ptx::mbarrier_arrive(tile.full);
+    __syncwarp();
+    ++num_tasks_done;
+  }
+  // Shared address where a lane's row of an 8 x 8 block goes: token `token`, 16-byte chunk `chunk` (8 columns).
+  __device__ __forceinline__ uint32_t tile_address(int token, int chunk) const {
+    return ptx::smem_address(smem.tile) + token * kTilePitch + chunk * 16;
+  }
 };
 
-// One pass over k for 128 packed rows: L1 tasks take two (64 features each), L2 tasks one.
-template <int N, bool kL1>
-__device__ __forceinline__ void run_pass(MathContext& c, int first_row) {
-  const uint8_t* base = (kL1 ? c.p.w13_base : c.p.w2_base) + first_row + c.me.warpgroup * kUnitRows + c.me.warp * 16 + c.me.lane / 4;
-  const uint8_t base0 = __ldg(base), base1 = __ldg(base + 8);
-  float sum[N / 2];
-  MainLoop<N, kL1>(c.ring, c.cursor, c.me).run(sum, (kL1 ? c.p.shape.hidden : c.p.shape.intermediate) / kUnitK);
-  const float scale0 = row_scale(base0), scale1 = row_scale(base1);
-  ptx::mbarrier_wait(c.sums.empty, (c.num_passes & 1) ^ 1);
-  const uint32_t out = ptx::smem_address(c.smem.sums) + ((c.me.warpgroup * 4 + c.me.warp) * (N / 8) * 32 + c.me.lane) * 16;
+__device__ __forceinline__ float swiglu(float gate, float up, float limit) {
+  gate = ptx::min_nan(gate, limit);
+  up = ptx::max_nan(ptx::min_nan(up, limit), -limit);
+  return gate * ptx::reciprocal(1.f + __expf(-gate)) * up;
+}
+
+// 128 features in two passes of 128 packed rows: a thread's rows r and r + 8 are gate and up of one feature.
+template <int N>
+__device__ __forceinline__ void run_l1(MathContext& c, int first_row) {
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    const uint8_t* base = c.p.w13_base + first_row + pass * kRowTile + c.row_in_tile();
+    const uint8_t gate_base = __ldg(base), up_base = __ldg(base + 8);
+    float sum[N / 2];
+    MainLoop<N, true>(c.ring, c.cursor, c.me).run(sum, c.p.shape.hidden / kUnitK, [](uint32_t) {});
+    const float gate_scale = row_scale(gate_base), up_scale = row_scale(up_base), limit = c.p.swiglu_limit;
+    if (pass == 0) c.wait_tile();
+    constexpr int kBlocks = N >= 32 ? 4 : N / 8;   // 8 x 8 blocks of one store
+    const int chunk = pass * 8 + c.me.warpgroup * 4 + c.me.warp;
 #pragma unroll
-  for (int i = 0; i < N / 8; ++i) {
-    ptx::store_shared_float4(out + i * 512, sum[4 * i] * scale0, sum[4 * i + 1] * scale0, sum[4 * i + 2] * scale1, sum[4 * i + 3] * scale1);
+    for (int i = 0; i < N / 8; i += kBlocks) {
+      uint32_t h[kBlocks];
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) {
+        const float* v = sum + 4 * (i + j);
+        h[j] = ptx::to_bf16x2(swiglu(v[0] * gate_scale, v[2] * up_scale, limit), swiglu(v[1] * gate_scale, v[3] * up_scale, limit));
+      }
+      ptx::store_matrix_transposed(c.tile_address(8 * i + c.me.lane % (8 * kBlocks), chunk), h);
+    }
   }
-  __syncwarp();
-  if (c.me.lane == 0) ptx::mbarrier_arrive(c.sums.full);
-  __syncwarp();
-  ++c.num_passes;
+  c.hand_over_tile();
+}
+
+// 128 output columns, times the routing weight.
+template <int N>
+__device__ __forceinline__ void run_l2(MathContext& c, int first_row) {
+  const uint8_t* base = c.p.w2_base + first_row + c.row_in_tile();
+  const uint8_t low_base = __ldg(base), high_base = __ldg(base + 8);
+  float sum[N / 2];
+  MainLoop<N, false>(c.ring, c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, [&](uint32_t stage) {
+#pragma unroll
+    for (int i = 0; i < N / 8; ++i) {
+      const float2 weight = ptx::load_shared_float2(stage + stage_row_weights(N) + (8 * i + c.me.lane % 4 * 2) * 4);
+      sum[4 * i] *= weight.x;
+      sum[4 * i + 1] *= weight.y;
+      sum[4 * i + 2] *= weight.x;
+      sum[4 * i + 3] *= weight.y;
+    }
+  });
+  const float low = row_scale(low_base), high = row_scale(high_base);
+  c.wait_tile();
+  constexpr int kBlocks = N >= 16 ? 4 : 2;   // two of them (rows r and r + 8) per 8 tokens
+  const int block = c.me.lane / 8 % kBlocks, chunk = (c.me.warpgroup * 4 + c.me.warp) * 2 + block % 2;
+#pragma unroll
+  for (int i = 0; i < N / 8; i += kBlocks / 2) {
+    uint32_t y[kBlocks];
+#pragma unroll
+    for (int j = 0; j < kBlocks / 2; ++j) {
+      const float* v = sum + 4 * (i + j);
+      y[2 * j] = ptx::to_bf16x2(v[0] * low, v[1] * low);
+      y[2 * j + 1] = ptx::to_bf16x2(v[2] * high, v[3] * high);
+    }
+    ptx::store_matrix_transposed(c.tile_address(8 * (i + block / 2) + c.me.lane % 8, chunk), y);
+  }
+  c.hand_over_tile();
 }
 
 template <int N>
 __device__ __forceinline__ void run_task(MathContext& c, bool is_l1, int first_row) {
   if (is_l1) {
-#pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) run_pass<N, true>(c, first_row + pass * kRowTile);
+    run_l1<N>(c, first_row);
   } else {
-    run_pass<N, false>(c, first_row);
+    run_l2<N>(c, first_row);
   }
 }
 
 __device__ __forceinline__ void run_math(MathContext& c, int num_tasks) {
+  if (c.me.warpgroup == 1) c.me.pass_turn();   // warpgroup 0 begins
   int sequence = 0;
   for (int index = blockIdx.x; index < num_tasks; index += gridDim.x, ++sequence) {
     ptx::mbarrier_wait(c.ring.full_barrier(c.cursor.stage), c.cursor.phase);

@@ -44,13 +44,21 @@ __device__ __forceinline__ uint32_t to_bf16x2(float low, float high) {
   return r;
 }
 
-// Four 8x8 b16 matrices from accumulator fragments to shared memory, transposed: memory row j of a matrix receives column j of the fragment.
-__device__ __forceinline__ void store_matrix_x4_transposed(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+// One, two or four 8x8 b16 matrices from accumulator fragments to shared memory, transposed: memory row j of matrix m, whose address lane
+// 8 * m + j gives, receives column j of the fragment.
+__device__ __forceinline__ void store_matrix_transposed(uint32_t smem, const uint32_t (&r)[1]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(smem), "r"(r[0]) : "memory");
+}
+__device__ __forceinline__ void store_matrix_transposed(uint32_t smem, const uint32_t (&r)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem), "r"(r[0]), "r"(r[1]) : "memory");
+}
+__device__ __forceinline__ void store_matrix_transposed(uint32_t smem, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
-__device__ __forceinline__ void store_matrix_x2_transposed(uint32_t smem, uint32_t r0, uint32_t r1) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem), "r"(r0), "r"(r1) : "memory");
-}
+
+// BF16 halves of a word as FP32.
+__device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
 }  // namespace hopper_moe::ptx
