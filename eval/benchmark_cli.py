@@ -21,17 +21,27 @@ def run_options(command):
     """The options that say how to ask; shared with `compare --serve`."""
     for option in reversed(
         (
-            click.option("--data", type=click.Path(path_type=Path), help="Local questions (JSON Lines: problem, expected_answer, id)."),
+            click.option(
+                "--data", type=click.Path(path_type=Path), help="Local questions (JSON Lines: problem, expected_answer, id)."
+            ),
             click.option("--num-examples", type=click.IntRange(1), help="Only the first N questions."),
             click.option("--n-repeats", type=click.IntRange(1), help="Answers per question [default: the benchmark's own]."),
             click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True),
             click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True),
-            click.option("--max-tokens", type=click.IntRange(1), help="Longest answer [default: the server's limit; 64 for word_problems]."),
-            click.option("--thinking/--no-thinking", default=None, help="Thinking mode of the chat template [default: the benchmark's]."),
-            click.option("--seed", type=int, default=0, show_default=True, help="Every request gets its own seed derived from this."),
+            click.option(
+                "--max-tokens", type=click.IntRange(1), help="Longest answer [default: the server's limit; 64 for word_problems]."
+            ),
+            click.option(
+                "--thinking/--no-thinking", default=None, help="Thinking mode of the chat template [default: the benchmark's]."
+            ),
+            click.option(
+                "--seed", type=int, default=0, show_default=True, help="Every request gets its own seed derived from this."
+            ),
             click.option("--no-seed", is_flag=True, help="Send no seeds."),
             click.option("--concurrency", type=click.IntRange(1), default=32, show_default=True, help="Requests in flight."),
-            click.option("--tries", type=click.IntRange(1), default=4, show_default=True, help="Tries per question before it is an error."),
+            click.option(
+                "--tries", type=click.IntRange(1), default=4, show_default=True, help="Tries per question before it is an error."
+            ),
         )
     ):
         command = option(command)
@@ -45,12 +55,20 @@ def benchmark_command(name: str) -> click.Command:
     @click.option("--base-url", default="http://127.0.0.1:30000/v1", show_default=True)
     @click.option("--model", help="Served model name [default: the first the server lists].")
     @click.option("--api-key", default="EMPTY", envvar="OPENAI_API_KEY")
-    @click.option("--out", type=click.Path(path_type=Path), help="Run folder [default: eval-runs/NAME, the same for the same settings].")
+    @click.option(
+        "--out", type=click.Path(path_type=Path), help="Run folder [default: eval-runs/NAME, the same for the same settings]."
+    )
     @click.option("--fresh", is_flag=True, help="Throw away what the run folder holds and ask everything again.")
-    @click.option("--allow-errors", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Largest error rate with exit code 0.")
+    @click.option(
+        "--allow-errors", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Largest error rate with exit code 0."
+    )
     @run_options
-    def command(base_url: str, model: str | None, api_key: str, out: Path | None, fresh: bool, allow_errors: float, **how: Any) -> None:
-        status, _ = run_benchmark(name, base_url, model=model, api_key=api_key, out=out, fresh=fresh, allow_errors=allow_errors, **how)
+    def command(
+        base_url: str, model: str | None, api_key: str, out: Path | None, fresh: bool, allow_errors: float, **how: Any
+    ) -> None:
+        status, _ = run_benchmark(
+            name, base_url, model=model, api_key=api_key, out=out, fresh=fresh, allow_errors=allow_errors, **how
+        )
         sys.exit(status)
 
     return command
@@ -96,7 +114,10 @@ def run_benchmark(
         seed=None if no_seed else seed,
     )
     if options.n_repeats > 1 and temperature == 0:
-        click.echo(f"note: temperature 0 makes all {options.n_repeats} repeats of a question the same; --temperature 1 varies them", err=True)
+        click.echo(
+            f"note: temperature 0 makes all {options.n_repeats} repeats of a question the same; --temperature 1 varies them",
+            err=True,
+        )
     sampler = Sampler(base_url, model, api_key, tries)
     settings = run.run_settings(benchmark, options, base_url, sampler, recorded_url)
     out = out or run.default_directory(settings)
@@ -107,7 +128,7 @@ def run_benchmark(
     click.echo(format_summary(name, metrics))
     click.echo(f"records: {out}/records.jsonl   metrics: {out}/metrics.json")
     if metrics["error_rate"] > allow_errors:
-        message = f"{metrics['errors']} questions got no answer (last error: {sampler.last_error}): run the same command again to ask only these"
-        click.echo(message, err=True)
+        click.echo(f"{metrics['errors']} requests got no answer, the last because of {sampler.last_error}", err=True)
+        click.echo("run the same command again to ask only these", err=True)
         return ERRORS, out
     return 0, out

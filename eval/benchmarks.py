@@ -116,7 +116,9 @@ def _from_file(name: str, path: Path, num_examples: int | None, *, letters: bool
                 f"{name} rows hold the lettered options in problem and the letter as expected_answer."
             )
         if "id" in row and seen.setdefault(str(row["id"]), number) != number:
-            raise Refusal(f"--data {path}, line {number}: id {row['id']!r} is used on line {seen[str(row['id'])]} too: make ids unique.")
+            raise Refusal(
+                f"--data {path}, line {number}: id {row['id']!r} is used on line {seen[str(row['id'])]} too: make ids unique."
+            )
     return _loader.load_from_path(str(path))(num_examples)
 
 

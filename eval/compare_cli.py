@@ -16,12 +16,18 @@ EXIT_CODES = {"same": 0, "better": 0, "worse": 5, "undecided": 6}
 
 @click.command("compare", short_help="Paired comparison of two runs, or of kernels serving one model.")
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[A B]")
-@click.option("--margin", type=click.FloatRange(0, 100), default=1.0, show_default=True, help="Percentage points that do not matter.")
-@click.option("--out", type=click.Path(path_type=Path), help="Report folder [default: B/compare, with --serve eval-runs/compare].")
+@click.option(
+    "--margin", type=click.FloatRange(0, 100), default=1.0, show_default=True, help="Percentage points that do not matter."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Report folder [default: B/compare, with --serve eval-runs/compare]."
+)
 @click.option("--allow-errors", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Largest error rate of a run.")
 @click.option("--serve", "model", help="Serve this model once per kernel and run both sides here.")
 @click.option("--kernels", help="Comma-separated; every other one is compared with the first.")
-@click.option("--benchmark", type=click.Choice(list(BENCHMARKS)), default="word_problems", show_default=True, help="With --serve.")
+@click.option(
+    "--benchmark", type=click.Choice(list(BENCHMARKS)), default="word_problems", show_default=True, help="With --serve."
+)
 @click.option("--fresh", is_flag=True, help="With --serve: ask everything again.")
 @run_options
 def compare(
@@ -50,8 +56,12 @@ def compare(
     else:
         names = [name.strip() for name in (kernels or "").split(",") if name.strip()]
         if len(names) < 2 or len(set(names)) != len(names) or runs:
-            raise Refusal(f"--serve with kernels {kernels!r} and {len(runs)} folders: give no folder and two different --kernels or more.")
-        verdicts = _serve_and_compare(model, names, benchmark, margin / 100, out or Path("eval-runs/compare"), allow_errors, fresh, how)
+            raise Refusal(
+                f"--serve with kernels {kernels!r} and {len(runs)} folders: give no folder and two different --kernels or more."
+            )
+        verdicts = _serve_and_compare(
+            model, names, benchmark, margin / 100, out or Path("eval-runs/compare"), allow_errors, fresh, how
+        )
     sys.exit(max(EXIT_CODES[verdict] for verdict in verdicts))
 
 
@@ -63,7 +73,7 @@ def compare_folders(a: Path, b: Path, margin: float, out: Path, allow_errors: fl
     for run in (run_a, run_b):
         if run.metrics["error_rate"] > allow_errors:
             raise Refusal(
-                f"{run.folder}: {run.metrics['error_rate']:.2%} of its requests have no answer, above --allow-errors {allow_errors}: "
+                f"{run.folder}: {run.metrics['error_rate']:.2%} of its answers are missing, above --allow-errors {allow_errors}: "
                 "repeat its command to ask only these."
             )
     result = paired.compare(run_a, run_b, margin)
@@ -74,7 +84,14 @@ def compare_folders(a: Path, b: Path, margin: float, out: Path, allow_errors: fl
 
 
 def _serve_and_compare(
-    model: str, kernels: list[str], benchmark: str, margin: float, out: Path, allow_errors: float, fresh: bool, how: dict[str, Any]
+    model: str,
+    kernels: list[str],
+    benchmark: str,
+    margin: float,
+    out: Path,
+    allow_errors: float,
+    fresh: bool,
+    how: dict[str, Any],
 ) -> list[str]:
     from hopper_moe.eval.serving import served, server_command
 
@@ -83,7 +100,9 @@ def _serve_and_compare(
     folders = {kernel: out / kernel for kernel in kernels}
     for kernel, folder in folders.items():
         with served(model, kernel, out / f"server-{kernel}.log") as base_url:
-            status, _ = run_benchmark(benchmark, base_url, out=folder, fresh=fresh, allow_errors=allow_errors, recorded_url="own", **how)
+            status, _ = run_benchmark(
+                benchmark, base_url, out=folder, fresh=fresh, allow_errors=allow_errors, recorded_url="own", **how
+            )
         if status:
             sys.exit(status)
     first = kernels[0]

@@ -19,7 +19,19 @@ RESAMPLES = 10_000
 SIGNIFICANCE = 0.05
 
 # What has to be the same for two runs to be a pair.
-_SAME = ("benchmark", "data_sha256", "questions", "prompt", "temperature", "top_p", "max_tokens", "thinking", "seed", "n_repeats", "sgl_eval")
+_SAME = (
+    "benchmark",
+    "data_sha256",
+    "questions",
+    "prompt",
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "thinking",
+    "seed",
+    "n_repeats",
+    "sgl_eval",
+)
 
 
 @dataclass(frozen=True)
@@ -64,13 +76,15 @@ def check_pair(a: Run, b: Run) -> None:
     """Raises `Refusal` unless both runs asked the same questions in the same way."""
     for key in _SAME:
         if a.settings[key] != b.settings[key]:
-            raise Refusal(f"{a.folder} has {key}={a.settings[key]!r} and {b.folder} {b.settings[key]!r}: only equal runs form pairs.")
+            raise Refusal(
+                f"{a.folder} has {key}={a.settings[key]!r} and {b.folder} {b.settings[key]!r}: only equal runs form pairs."
+            )
     if a.ids != b.ids:
         raise Refusal(f"{a.folder} and {b.folder} hold different question ids: run both on the same data.")
 
 
 def compare(a: Run, b: Run, margin: float) -> dict[str, Any]:
-    """Difference B - A of pass@1 over questions answered in both. `margin` in 0..1 is the largest difference that does not matter.
+    """Difference B - A of pass@1 over questions answered in both. Differences up to `margin` (0..1) do not matter.
 
     One repeat: McNemar's exact test and the Bonett-Price (2012) interval of paired proportions. More repeats: sign-flip
     permutation test and percentile bootstrap of the per-question differences, which treats questions as the sample.
@@ -116,7 +130,7 @@ def compare(a: Run, b: Run, margin: float) -> dict[str, Any]:
 
 
 def verdict(difference: float, low: float, high: float, p_value: float, margin: float) -> str:
-    """"same": the interval lies within the margin. "worse"/"better": significantly different, and not within the margin.
+    """ "same": the interval lies within the margin. "worse"/"better": significantly different, and not within the margin.
     "undecided": the interval reaches beyond the margin, but no difference is shown either; more questions are needed.
     """
     if -margin <= low and high <= margin:
@@ -145,7 +159,9 @@ def bootstrap_interval(difference: np.ndarray) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over questions (fixed seed); (d, d) when all differences are equal."""
     if np.ptp(difference) == 0:
         return float(difference[0]), float(difference[0])
-    result = stats.bootstrap((difference,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0), batch=500)
+    result = stats.bootstrap(
+        (difference,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0), batch=500
+    )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 

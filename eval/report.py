@@ -56,7 +56,7 @@ def markdown(result: dict[str, Any], a: Run, b: Run) -> str:
         "| | A | B |",
         "|---|---|---|",
         f"| server | {result['label_a']} | {result['label_b']} |",
-        f"| pass@1 | {_rate(result['accuracy_a'], result['interval95_a'])} | {_rate(result['accuracy_b'], result['interval95_b'])} |",
+        f"| pass@1 | {_rate(result, 'a')} | {_rate(result, 'b')} |",
     ]
     for key in ("no_answer", "stop_rate", "truncated_rate", "error_rate"):
         lines.append(f"| {key} | {a.metrics[key]:.2%} | {b.metrics[key]:.2%} |")
@@ -66,14 +66,20 @@ def markdown(result: dict[str, Any], a: Run, b: Run) -> str:
     if result["paired_questions"] < result["questions"]:
         left = result["questions"] - result["paired_questions"]
         lines += [f"{left} questions are left out: a request for them failed in one of the runs.", ""]
-    lines += ["## Flipped questions", "", f"{len(result['lost'])} right in A and worse in B, {len(result['won'])} the other way round.", ""]
+    lines += [
+        "## Flipped questions",
+        "",
+        f"{len(result['lost'])} right in A and worse in B, {len(result['won'])} the other way round.",
+        "",
+    ]
     lines += _flips(result, a, b)
     asked = {k: v for k, v in a.settings.items() if k not in ("base_url", "model", "server", "data")}
     lines += ["## Settings", "", "```json", json.dumps(asked, indent=1), "```", ""]
     return "\n".join(lines)
 
 
-def _rate(value: float, interval: list[float]) -> str:
+def _rate(result: dict[str, Any], side: str) -> str:
+    value, interval = result[f"accuracy_{side}"], result[f"interval95_{side}"]
     return f"{value:.2%} [{interval[0]:.2%}, {interval[1]:.2%}]"
 
 
@@ -120,7 +126,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     middle.hlines(0, low, high, color="#2f6f9f", linewidth=3)
     middle.plot([centre], [0], "o", color="#2f6f9f", markersize=8)
     reach = 1.25 * max(abs(low), abs(high), margin, 0.1)
-    middle.set(xlim=(-reach, reach), ylim=(-1, 1), yticks=[], xlabel="B - A, percentage points", title=f"Difference: {result['verdict']}")
+    middle.set(
+        xlim=(-reach, reach), ylim=(-1, 1), yticks=[], xlabel="B - A, percentage points", title=f"Difference: {result['verdict']}"
+    )
     middle.legend(loc="upper right", frameon=False)
 
     counts = [len(result["lost"]), len(result["won"])]

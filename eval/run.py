@@ -98,7 +98,8 @@ def open_directory(out: Path, settings: dict[str, Any], fresh: bool) -> None:
         for key in settings:
             if known.get(key) != settings[key]:
                 raise Refusal(
-                    f"{out} holds a run with {key}={known.get(key)!r}, not {settings[key]!r}: give another --out, or --fresh to start over."
+                    f"{out} holds a run with {key}={known.get(key)!r}, not {settings[key]!r}: "
+                    "give another --out, or --fresh to start over."
                 )
         return
     if path.exists():
@@ -145,7 +146,8 @@ def evaluate(
     total = len(benchmark.examples) * options.n_repeats
     progress = _Progress(benchmark.name, total, frozenset(journal.answers))
     if journal.answers:
-        progress.bar.write(f"{out}: {len(journal.answers)} of {total} answers are there and not asked again (--fresh asks all again)")
+        note = f"{out}: {len(journal.answers)} of {total} answers are there and not asked again (--fresh asks all again)"
+        progress.bar.write(note, file=sys.stderr)
 
     def ask(example: Example, repeat: int) -> Sample:
         known = journal.answers.get((example.id, repeat))
@@ -180,7 +182,10 @@ def evaluate(
         progress.bar.close()
         journal.close()
     if sampler.hopeless:
-        print(f"gave up: the first {sampler.failed_requests} requests all failed, the last with {sampler.last_error}", file=sys.stderr)
+        print(
+            f"gave up: the first {sampler.failed_requests} requests all failed, the last with {sampler.last_error}",
+            file=sys.stderr,
+        )
         return NO_SERVER, None
     if len(progress.graded) < total:
         print(f"stopped with {len(journal.answers)} of {total} answers in {out}: the same command carries on", file=sys.stderr)
@@ -221,7 +226,9 @@ def write_report(
                     "end": g.sample.generation_end_time,
                 }
                 records.write(json.dumps(record, ensure_ascii=False) + "\n")
-    metrics = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summarize(questions).items()}  # JSON has no NaN
+    metrics = {
+        k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summarize(questions).items()
+    }  # JSON has no NaN
     seconds = active_seconds([a for q in questions for a in q])
     metrics["timing"] = {
         "active_seconds": seconds,

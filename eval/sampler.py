@@ -18,14 +18,16 @@ GIVE_UP_AFTER = 20  # failed requests with not one success
 class Sampler(ChatCompletionSampler):
     """Tries each question `tries` times with 1, 2, 4, ... seconds between, and never silently: every failed request is counted.
 
-    A question whose tries are used up is a `Sample` with finish_reason "error". HTTP 4xx other than 408 and 429 is not tried again.
+    A question whose tries are used up is a `Sample` with finish_reason "error". HTTP 4xx is not tried again, but for 408 and 429.
     """
 
     def __init__(self, base_url: str, model: str | None, api_key: str, tries: int) -> None:
         try:
             super().__init__(base_url=base_url, model=model, api_key=api_key, max_retries=tries)
         except (openai.APIError, RuntimeError) as error:
-            raise Refusal(f"{base_url} does not answer /models ({error}): check --base-url, or name the model with --model.") from error
+            raise Refusal(
+                f"{base_url} does not answer /models ({error}): check --base-url, or name the model with --model."
+            ) from error
         self.client = self.client.with_options(max_retries=0)
         self.requests = self.failed_requests = 0
         self.last_error = ""

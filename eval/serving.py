@@ -39,14 +39,17 @@ def uses_sglang(model: str) -> bool:
 
 
 def server_command(model: str, kernel: str, port: int) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) that serves `model` with `kernel` on this machine. Raises `Refusal` for a kernel the CPU host lacks."""
+    """(command, environment) that serves `model` with `kernel` here. Raises `Refusal` for a kernel the CPU host lacks."""
     # Without PYTHONSAFEPATH a start from our own checkout would import its `kernels` folder as the package of that name.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if uses_sglang(model):
         command = [sys.executable, "-c", "from hopper_moe.launch.cli import main; main()", "serve", model, "--port", str(port)]
         return command, {**environment, "HOPPER_MOE_KERNEL": kernel}
     if kernel not in CPU_KERNELS:
-        raise Refusal(f"kernel {kernel} does not run on the CPU host, which serves {model} on this machine: choose among {', '.join(CPU_KERNELS)}.")
+        raise Refusal(
+            f"kernel {kernel} does not run on the CPU host, which serves {model} on this machine: "
+            f"choose among {', '.join(CPU_KERNELS)}."
+        )
     command = [sys.executable, "-m", "hopper_moe.launch.cpu_host", model, "--port", str(port), "--kernel", kernel]
     return command, {**environment, "OMP_NUM_THREADS": "1"}
 
@@ -79,7 +82,9 @@ def _wait_until_ready(process: subprocess.Popen, port: int, kernel: str, log: Pa
     with tqdm(desc=f"starting the server ({kernel})", bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
         while time.monotonic() - started < limit:
             if process.poll() is not None:
-                raise Refusal(f"the server for kernel {kernel} ended with code {process.returncode}; {log} ends with:\n{_tail(log)}")
+                raise Refusal(
+                    f"the server for kernel {kernel} ended with code {process.returncode}; {log} ends with:\n{_tail(log)}"
+                )
             try:
                 if httpx.get(health, timeout=5).status_code == 200:
                     return

@@ -31,7 +31,11 @@ from hopper_moe.launch.demo import tiny_model
 
 MARGIN = 0.01
 BEGIN, END = "<!-- table of truth: begin (written by table_of_truth.py) -->", "<!-- table of truth: end -->"
-NAMES = {"reference": "reference (W4A8)", "w4a16": "w4a16 (no activation quantisation)", "transformers": "transformers' own experts, FP32"}
+NAMES = {
+    "reference": "reference (W4A8)",
+    "w4a16": "w4a16 (no activation quantisation)",
+    "transformers": "transformers' own experts, FP32",
+}
 
 
 @contextmanager
@@ -116,7 +120,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.annotate(row["verdict"], (high, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
     labels = [("sabotage: " if r["sabotage"] else "") + r["name"] for r in reversed(shown)]
     axes.set(yticks=range(len(shown)), yticklabels=labels, ylim=(-0.6, len(shown) - 0.4))
-    axes.set(xlabel="accuracy minus reference, percentage points (95 % interval, paired)", title="Held-out word problems, tiny model")
+    axes.set(
+        xlabel="accuracy minus reference, percentage points (95 % interval, paired)", title="Held-out word problems, tiny model"
+    )
     axes.margins(x=0.12)
     axes.legend(loc="upper left", frameon=False)
     figure.savefig(path, dpi=130)

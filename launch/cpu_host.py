@@ -89,8 +89,10 @@ async def _events(reply: dict, body: TextBody):
     yield "data: [DONE]\n\n"
 
 
-def serve(model: str, *, host: str = "127.0.0.1", port: int = 30000, kernel: str | None = None, log_level: str = "warning") -> None:
-    """Load MODEL (a checkpoint folder) and serve it until stopped. Kernel None: what `HOPPER_MOE_KERNEL` says, `reference` for auto.
+def serve(
+    model: str, *, host: str = "127.0.0.1", port: int = 30000, kernel: str | None = None, log_level: str = "warning"
+) -> None:
+    """Load MODEL (a checkpoint folder) and serve it until stopped. Kernel None: HOPPER_MOE_KERNEL, `reference` for auto.
 
     Raises `Refusal` when the checkpoint or kernel cannot be served, before any weight is read.
     """

@@ -60,4 +60,6 @@ def _check_expert_bytes(folder: Path) -> None:
     """transformers reads FP4 experts as I8 bytes only: U8 it loads with a wrong shape, F4 it cannot load."""
     for name, info in Checkpoint.open(folder).tensors.items():
         if ".ffn.experts." in name and name.endswith(".weight") and info.dtype != "I8":
-            raise Refusal(f"{folder}: {name} is stored as {info.dtype}, and transformers reads FP4 experts as I8 only: rewrite it as I8.")
+            raise Refusal(
+                f"{folder}: {name} is stored as {info.dtype}, and transformers reads FP4 experts as I8 only: rewrite it as I8."
+            )

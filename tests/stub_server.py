@@ -1,11 +1,9 @@
 """A pure-stdlib OpenAI endpoint for evaluation tests: deterministic answers, with failures on request.
 
 Questions read "What is A plus B?". The answer depends only on the prompt and the request's seed, so a resumed run can be compared
-with an unbroken one. Run `python stub_server.py PORT [--fail-share F] [--fail-first N] [--status S] [--delay S] [--truncate-share F]`
-or use `Stub` in-process. GET /log gives every answered (prompt, seed) with its count.
+with an unbroken one.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -49,8 +47,6 @@ class Stub:
                 self.wfile.flush()
 
             def do_GET(self):
-                if self.path.endswith("/log"):
-                    return self.reply(200, {"answered": [[p, s, n] for (p, s), n in stub.answered.items()]})
                 self.reply(200, {"object": "list", "data": [{"id": "stub", "object": "model", "owned_by": "test"}]})
 
             def do_POST(self):
@@ -76,7 +72,11 @@ class Stub:
         text = f"{a}+{b}" if truncated else f"The answer is \\boxed{{{a + b if right else a + b + 1}}}."
         with self._lock:
             self.answered[prompt, seed] += 1
-        choice = {"index": 0, "finish_reason": "length" if truncated else "stop", "message": {"role": "assistant", "content": text}}
+        choice = {
+            "index": 0,
+            "finish_reason": "length" if truncated else "stop",
+            "message": {"role": "assistant", "content": text},
+        }
         usage = {"prompt_tokens": 10, "completion_tokens": 7, "total_tokens": 17}
         return 200, {"id": "x", "object": "chat.completion", "created": 0, "model": "stub", "choices": [choice], "usage": usage}
 
@@ -92,21 +92,3 @@ class Stub:
 def write_questions(path, count: int) -> None:
     rows = [{"id": f"q{i}", "problem": f"What is {i} plus {3 * i + 1}?", "expected_answer": str(4 * i + 1)} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", type=int)
-    for name, kind, default in (
-        ("fail-share", float, 0.0),
-        ("fail-first", int, 0),
-        ("status", int, 500),
-        ("delay", float, 0.0),
-        ("truncate-share", float, 0.0),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default)
-    Stub(**vars(parser.parse_args())).server.serve_forever()
-
-
-if __name__ == "__main__":
-    main()

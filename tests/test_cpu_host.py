@@ -59,7 +59,9 @@ def test_logits_equal_on_a_fresh_random_model(tmp_path: Path, seed: int) -> None
         for name, p in model.named_parameters():
             if ".experts." in name:
                 p.mul_(8)  # so that the clamp binds and the routed experts matter
-    write_checkpoint(tmp_path / "ck", to_original_names(model.state_dict()), original_config(model.config), tokenizer_dir=tiny_model())
+    write_checkpoint(
+        tmp_path / "ck", to_original_names(model.state_dict()), original_config(model.config), tokenizer_dir=tiny_model()
+    )
     ids = torch.randint(0, 512, (2, 33), generator=torch.Generator().manual_seed(seed))
     ours, theirs = (logits(load(tmp_path / "ck", kernel)[0], ids) for kernel in ("w4a16", "transformers"))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())

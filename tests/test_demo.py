@@ -1,6 +1,7 @@
 """The main job end to end in real processes: `hopper-moe demo`, `eval compare --serve`, and sabotages that must be caught."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,22 +20,25 @@ def hopper_moe(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_demo_serves_and_scores_at_least_80_percent(tmp_path: Path) -> None:
-    result = hopper_moe("demo", "--num-examples", "150", "--kernels", "reference", "--out", str(tmp_path))
+    result = hopper_moe("demo", "--num-examples", "80", "--kernels", "reference", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "answer:   7+5=12. \\boxed{12}" in result.stdout
     assert json.loads((tmp_path / "reference" / "metrics.json").read_text())["pass@1"] >= 0.8
     assert "OK: every kernel" in result.stdout
 
 
-def test_demo_fails_on_a_checkpoint_with_gate_and_up_swapped(tmp_path: Path) -> None:
-    folder = tmp_path / "swapped"
+def test_demo_fails_on_a_checkpoint_whose_experts_changed_places(tmp_path: Path) -> None:
+    """What mixing up local and global expert ids does."""
+    folder = tmp_path / "mixed"
     shutil.copytree(tiny_model(), folder)
     file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
-    swapped = {name.replace(".w1.", ".w?.").replace(".w3.", ".w1.").replace(".w?.", ".w3.") if ".experts." in name else name: t
-               for name, t in tensors.items()}  # fmt: skip
-    save_file(swapped, file, metadata={"format": "pt"})
-    result = hopper_moe("demo", "--num-examples", "60", "--kernels", "w4a16", "--model", str(folder), "--out", str(tmp_path / "out"))
+    mixed = {re.sub(r"experts\.(\d)\.", lambda m: f"experts.{7 - int(m[1])}.", name): t for name, t in tensors.items()}
+    assert mixed.keys() == tensors.keys()
+    save_file(mixed, file, metadata={"format": "pt"})
+    result = hopper_moe(
+        "demo", "--num-examples", "40", "--kernels", "w4a16", "--model", str(folder), "--out", str(tmp_path / "out")
+    )
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FAILED: w4a16 below 80%" in result.stderr
 
@@ -47,21 +51,18 @@ def test_demo_refuses_a_kernel_this_machine_lacks() -> None:
 
 
 def test_compare_starts_both_servers(tmp_path: Path) -> None:
-    args = ("eval", "compare", "--serve", str(tiny_model()), "--kernels", "transformers,w4a16", "--num-examples", "60", "--margin", "6")
-    result = hopper_moe(*args, "--out", str(tmp_path))
+    args = ("eval", "compare", "--serve", str(tiny_model()), "--kernels", "transformers,w4a16")
+    result = hopper_moe(*args, "--num-examples", "40", "--margin", "9", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     compared = json.loads((tmp_path / "w4a16-against-transformers" / "compare.json").read_text())
     assert (compared["label_a"], compared["label_b"], compared["verdict"]) == ("transformers", "w4a16", "same")
-    assert compared["paired_questions"] == 60
-    again = hopper_moe(*args, "--out", str(tmp_path))  # other ports, same run: nothing is asked again
-    assert again.returncode == 0
-    assert "60 of 60 answers are there" in again.stderr
+    assert compared["paired_questions"] == 40
 
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory) -> dict[str, dict]:
-    """Kernels and sabotages on 150 questions."""
-    return {row["name"]: row for row in run_all(tiny_model(), tmp_path_factory.mktemp("truth"), 150)}
+    """Kernels and sabotages on 100 questions."""
+    return {row["name"]: row for row in run_all(tiny_model(), tmp_path_factory.mktemp("truth"), 100)}
 
 
 def test_each_sabotage_is_caught(truth: dict[str, dict]) -> None:

@@ -47,14 +47,18 @@ def test_numbers_equal_sgl_evals_own_runner(tmp_path: Path, repeats: int) -> Non
     ours = json.loads((folder / "metrics.json").read_text())
     with OneAnswerPerRepeat(truncate_share=0.2) as stub:
         examples = benchmarks.load("gsm8k", tmp_path / "questions.jsonl", None).examples
-        theirs = get("gsm8k").run(
-            sampler=ChatCompletionSampler(base_url=stub.url),
-            gen=GenConfig(temperature=1.0),
-            n_repeats=repeats,
-            num_examples=None,
-            num_threads=1,
-            load_examples=lambda _count: examples,
-        ).aggregate
+        theirs = (
+            get("gsm8k")
+            .run(
+                sampler=ChatCompletionSampler(base_url=stub.url),
+                gen=GenConfig(temperature=1.0),
+                n_repeats=repeats,
+                num_examples=None,
+                num_threads=1,
+                load_examples=lambda _count: examples,
+            )
+            .aggregate
+        )
     assert 0.3 < ours["pass@1"] < 0.95
     pairs = {"pass@1": "score", "stop_rate": "stop_rate", "truncated_rate": "truncated_rate", "error_rate": "error_rate"}
     if repeats > 1:

@@ -1,6 +1,6 @@
 """Write the trained tiny model as a checkpoint in the original DeepSeek-V4 naming and types, with model card and question file.
 
-    python -m hopper_moe.eval.tiny_model.export --trained DIR --out eval/data/tiny_dsv4
+python -m hopper_moe.eval.tiny_model.export --trained DIR --out eval/data/tiny_dsv4
 """
 
 from __future__ import annotations

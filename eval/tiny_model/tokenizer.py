@@ -11,7 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from hopper_moe.eval.word_problems import problems
 
 VOCAB_SIZE = 512
-BOS, EOS, PAD, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>"
+BOS, EOS, PAD, USER, ASSISTANT = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜▁pad▁｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+)
 THINK, END_THINK = "<think>", "</think>"
 SPECIAL_TOKENS = [BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK]  # ids 0..6 in this order
 
@@ -25,9 +31,7 @@ CHAT_TEMPLATE = (
 )
 
 # The sentence sgl-eval's maths prompt puts in front of every question; a share of the training prompts carries it.
-MATH_INSTRUCTION = (
-    "Solve the following math problem. Make sure to put the answer (and only answer) inside \\boxed{}.\n\n"
-)
+MATH_INSTRUCTION = "Solve the following math problem. Make sure to put the answer (and only answer) inside \\boxed{}.\n\n"
 
 
 def build_tokenizer(seed: int = 123) -> PreTrainedTokenizerFast:

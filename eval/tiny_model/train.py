@@ -1,7 +1,8 @@
 """Train the tiny DeepSeek-V4 model on one CPU thread, in two phases of about 15 and 8 minutes:
 
     python -m hopper_moe.eval.tiny_model.train --mix easy --steps 1600 --stop-after 800 --out EASY
-    python -m hopper_moe.eval.tiny_model.train --mix standard --init EASY --steps 800 --stop-after 500 --lr 1e-3 --seed 1 --out DIR
+    python -m hopper_moe.eval.tiny_model.train --mix standard --init EASY --steps 800 --stop-after 500 \\
+        --lr 1e-3 --seed 1 --out DIR
 
 Each writes `model.pt` (FP32 state) and `training.json`; `export.py` turns DIR into the committed checkpoint. Only questions of
 the training split are ever seen (`word_problems.is_held_out`).
