@@ -36,7 +36,11 @@ UNSUPPORTED = (
     ("enable_single_batch_overlap", "--enable-single-batch-overlap", "the fused kernel has no dispatch to overlap with"),
     ("enable_lora", "--enable-lora", "adapters on packed FP4 experts would be ignored"),
     ("lora_paths", "--lora-paths", "adapters on packed FP4 experts would be ignored"),
-    ("enforce_shared_experts_fusion", "--enforce-shared-experts-fusion", "it would turn the FP8 shared expert into an FP4 routed one"),
+    (
+        "enforce_shared_experts_fusion",
+        "--enforce-shared-experts-fusion",
+        "it would turn the FP8 shared expert into an FP4 routed one",
+    ),
     ("enable_waterfill", "--enable-waterfill", "it needs the shared expert fused into the routed ones"),
     ("enable_paged_experts", "--enable-paged-experts", "it moves expert weights behind the kernel's back"),
     ("kt_weight_path", "--kt-weight-path", "it moves experts to the CPU"),
@@ -73,7 +77,8 @@ def is_asked_for(args: Any) -> bool:
 
 
 def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) -> dict[str, Any]:
-    """Refusals that need no model, and the fields to declare: `moe_a2a_backend`, and graphs off where a kernel cannot be captured.
+    """Refusals that need no model, and the fields to declare: `moe_a2a_backend`, and graphs off where a kernel cannot be
+    captured.
 
     Args:
         args: SGLang's arguments as the user gave them, defaults filled in or not.
@@ -97,9 +102,13 @@ def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) ->
     if (getattr(args, "dwdp_size", None) or 1) > 1:
         raise Refusal(f"--dwdp-size {args.dwdp_size} replicates expert weights, which are packed here: use --dwdp-size 1.")
     if args.load_format == "dummy":
-        raise Refusal("--load-format dummy makes up FP4 scales that mean nothing: give a checkpoint (`hopper-moe demo` writes a small one).")
+        raise Refusal(
+            "--load-format dummy makes up FP4 scales that mean nothing: give a checkpoint (`hopper-moe demo` writes a small one)."
+        )
     if args.quantization not in (None, "fp8"):
-        raise Refusal(f"--quantization {args.quantization} is not how DeepSeek-V4 FP4 experts are stored: drop it, the checkpoint says fp8.")
+        raise Refusal(
+            f"--quantization {args.quantization} is not how DeepSeek-V4 FP4 experts are stored: drop it, the checkpoint says fp8."
+        )
 
     declared: dict[str, Any] = {"moe_a2a_backend": _exchange(args, spec, attn_dp_size)}
     if uncapturable := _uncapturable(spec, settings):
@@ -119,12 +128,14 @@ def _exchange(args: Any, spec: KernelSpec, attn_dp_size: int) -> str:
     asked = args.moe_a2a_backend
     if asked not in ("none", "megamoe"):
         raise Refusal(
-            f"--moe-a2a-backend {asked} moves tokens before the experts run, but {BACKEND} takes them in SGLang's standard layout: "
+            f"--moe-a2a-backend {asked} moves tokens before the experts run, but {BACKEND} takes them in SGLang's standard "
+            "layout: "
             "drop --moe-a2a-backend."
         )
     if asked == "megamoe" and args.tp_size > 1 and not spec.multi_rank:
         raise Refusal(
-            f"--moe-a2a-backend megamoe with {args.tp_size} ranks needs a kernel that exchanges tokens itself, which {spec.name} does not "
+            f"--moe-a2a-backend megamoe with {args.tp_size} ranks needs a kernel that exchanges tokens itself, which "
+            f"{spec.name} does not "
             "in this release: drop --moe-a2a-backend, then SGLang's own collectives move them."
         )
     return "megamoe" if spec.multi_rank and attn_dp_size > 1 else asked
@@ -148,20 +159,23 @@ def late(args: Any, spec: KernelSpec, settings: Settings, model: ModelFacts, att
     """Refusals that need the model and the resolved arguments; returns the plan for the workers."""
     if model.architecture not in ARCHITECTURES:
         raise Refusal(
-            f"--moe-runner-backend {BACKEND} serves {', '.join(ARCHITECTURES)}, not {model.architecture}: use --moe-runner-backend auto."
+            f"--moe-runner-backend {BACKEND} serves {', '.join(ARCHITECTURES)}, not {model.architecture}: use "
+            "--moe-runner-backend auto."
         )
     if model.has_nvfp4_experts:
         raise Refusal(f"the checkpoint's experts are NVFP4, {BACKEND} serves MXFP4 experts: use --moe-runner-backend auto.")
     if not model.is_fp4_experts:
         raise Refusal(
-            f"the checkpoint's experts are FP8, and the FP8 kernel (fp8_mega) is not built in this release: use --moe-runner-backend auto "
+            "the checkpoint's experts are FP8, and the FP8 kernel (fp8_mega) is not built in this release: use "
+            "--moe-runner-backend auto "
             f"for this checkpoint, or {BACKEND} with the original FP4 one."
         )
     if model.swiglu_limit is not None and not (math.isfinite(model.swiglu_limit) and model.swiglu_limit > 0):
         raise Refusal(f"swiglu_limit {model.swiglu_limit} in the model's config.json is no positive number: mend or remove it.")
     if model.moe_intermediate_size % (moe_tp := max(args.tp_size // args.ep_size, 1)):
         raise Refusal(
-            f"moe_intermediate_size {model.moe_intermediate_size} does not divide into {moe_tp} tensor-parallel slices: use --ep-size {args.tp_size}."
+            f"moe_intermediate_size {model.moe_intermediate_size} does not divide into {moe_tp} tensor-parallel slices: use "
+            f"--ep-size {args.tp_size}."
         )
     shape = LayerShape(
         hidden_size=model.hidden_size,
@@ -176,7 +190,10 @@ def late(args: Any, spec: KernelSpec, settings: Settings, model: ModelFacts, att
     if uncapturable := _uncapturable(spec, settings):
         _require_no_graphs(args, uncapturable)
     if args.moe_a2a_backend != (exchange := _exchange(args, spec, attn_dp_size)):
-        raise Refusal(f"SGLang resolved --moe-a2a-backend to {args.moe_a2a_backend}, but {spec.name} needs {exchange}: drop the option behind it.")
+        raise Refusal(
+            f"SGLang resolved --moe-a2a-backend to {args.moe_a2a_backend}, but {spec.name} needs {exchange}: drop the option "
+            "behind it."
+        )
     return ServingPlan(spec.name, args.moe_a2a_backend, _capacity(args, spec, settings, attn_dp_size))
 
 
@@ -185,15 +202,17 @@ def _require_no_graphs(args: Any, uncapturable: str) -> None:
         backend = getattr(args.cuda_graph_config, phase).backend
         if backend != "disabled":
             raise Refusal(
-                f"{uncapturable} cannot be captured in a CUDA graph, but --cuda-graph-backend-{phase} {backend} was given: drop it."
+                f"{uncapturable} cannot be captured in a CUDA graph, but --cuda-graph-backend-{phase} {backend} was given: "
+                "drop it."
             )
 
 
 def required_tokens(args: Any, attn_dp_size: int) -> int:
     """Most tokens that one rank brings to a layer call in "megamoe" mode, from resolved arguments.
 
-    SGLang has already divided chunked_prefill_size by the attention-DP size when this runs (`handle_data_parallelism`), so it is taken as
-    it is; SGLang's own check divides once more and lets budgets through that are too small. Rows are padded to the attention-TP size.
+    SGLang has already divided chunked_prefill_size by the attention-DP size when this runs (`handle_data_parallelism`), so it is
+    taken as it is; SGLang's own check divides once more and lets budgets through that are too small. Rows are padded to the
+    attention-TP size.
     """
     align = max(args.tp_size // attn_dp_size // (getattr(args, "attn_cp_size", None) or 1), 1)
     tokens_per_request = (args.speculative_num_draft_tokens or 1) if args.speculative_algorithm else 1
@@ -210,13 +229,15 @@ def _capacity(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int
         return asked or DEFAULT_CAPACITY  # a larger batch is run in pieces: nothing crosses ranks inside the kernel
     if args.disaggregation_mode != "decode" and (args.chunked_prefill_size is None or args.chunked_prefill_size <= 0):
         raise Refusal(
-            f"--chunked-prefill-size {args.chunked_prefill_size} leaves the tokens per rank unbounded, but the exchange buffer of {spec.name} "
+            f"--chunked-prefill-size {args.chunked_prefill_size} leaves the tokens per rank unbounded, but the exchange buffer "
+            f"of {spec.name} "
             "is sized once: give a positive --chunked-prefill-size."
         )
     needed = required_tokens(args, attn_dp_size)
     if asked is not None and asked < needed:
         raise Refusal(
-            f"{_origin(settings)}={asked} is below the {needed} tokens that a rank may bring (chunked prefill {args.chunked_prefill_size} per "
+            f"{_origin(settings)}={asked} is below the {needed} tokens that a rank may bring (chunked prefill "
+            f"{args.chunked_prefill_size} per "
             f"rank, or running requests x draft tokens): raise it to {needed} or lower --chunked-prefill-size."
         )
     return asked or needed

@@ -1,7 +1,7 @@
 """The differences between the SGLang versions that we support, and nothing else. Imports SGLang lazily, inside functions.
 
-0.5.17 (the newest for torch 2.11) has no registered runner names, no resolution hooks and no platform facts; its arguments are one
-mutable dataclass, and its top-k never multiplies the routed scaling factor in for other people's quant methods.
+0.5.17 (the newest for torch 2.11) has no registered runner names, no resolution hooks and no platform facts; its arguments are
+one mutable dataclass, and its top-k never multiplies the routed scaling factor in for other people's quant methods.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def active_plan() -> ServingPlan | None:
     plan = ServingPlan.read(os.environ)
     if plan is None and not is_legacy():
         raise Refusal(
-            f"--moe-runner-backend {BACKEND} reached this worker without resolved arguments: start it with `sglang serve` or sglang.Engine."
+            f"--moe-runner-backend {BACKEND} reached this worker without resolved arguments: start it with `sglang serve` or "
+            "sglang.Engine."
         )
     return plan
 
@@ -162,7 +163,8 @@ def ep_process_group() -> Any:
 
 
 def keep_global_ids(layer: torch.nn.Module) -> None:
-    """0.5.17 maps masked ids (-1) to the table's last entry, so its dispatcher is told to leave ids alone; 0.5.23 keeps -1 and is left as it is."""
+    """0.5.17 maps masked ids (-1) to the table's last entry, so its dispatcher is told to leave ids alone; 0.5.23 keeps -1 and is
+    left as it is."""
     if is_legacy():
         layer.dispatcher.skip_local_expert_mapping = True
 

@@ -15,7 +15,8 @@ from packaging.version import Version
 Table = Mapping[str, str]
 
 _RUN_MEGA = (
-    "experts hidden_states topk_ids topk_weights hidden_size intermediate_size top_k num_tokens activation_clamp routed_scaling_factor "
+    "experts hidden_states topk_ids topk_weights hidden_size intermediate_size top_k num_tokens activation_clamp "
+    "routed_scaling_factor "
     "activation num_shared_experts shared_l1_weights shared_l2_weights routing_in_buffer"
 )
 
@@ -68,7 +69,8 @@ LAUNCHER: Mapping[str, Table] = {
 # Looked at in a worker, when the first layer is built: importing these takes seconds that a launcher should not spend.
 WORKER: Mapping[str, Table] = {
     "0.5.23": {
-        "sglang.srt.layers.moe.fused_moe_triton.FusedMoE._weight_loader_impl": "self param loaded_weight weight_name shard_id expert_id",
+        "sglang.srt.layers.moe.fused_moe_triton.FusedMoE._weight_loader_impl": "self param loaded_weight weight_name shard_id "
+        "expert_id",
         "sglang.srt.layers.moe.token_dispatcher.standard.StandardDispatcher.dispatch": "self hidden_states topk_output",
         "sglang.srt.layers.moe.token_dispatcher.StandardCombineInput": "hidden_states",
         "sglang.srt.layers.moe.mega_moe.is_mega_moe_experts_ready": "experts",
@@ -77,7 +79,8 @@ WORKER: Mapping[str, Table] = {
         "sglang.srt.layers.moe.mega_moe.forward_mega_moe": "moe hidden_states forward_batch input_ids_global",
     },
     "0.5.17": {
-        "sglang.srt.layers.moe.fused_moe_triton.FusedMoE._weight_loader_impl": "self param loaded_weight weight_name shard_id expert_id",
+        "sglang.srt.layers.moe.fused_moe_triton.FusedMoE._weight_loader_impl": "self param loaded_weight weight_name shard_id "
+        "expert_id",
         "sglang.srt.layers.moe.token_dispatcher.standard.StandardDispatcher.dispatch": "self hidden_states topk_output",
         "sglang.srt.layers.moe.token_dispatcher.StandardCombineInput": "hidden_states",
         "sglang.srt.layers.moe.mega_moe.should_use_mega_moe": "moe hidden_states",
@@ -117,4 +120,3 @@ def resolve(dotted: str) -> object:
     """The object behind a dotted name, importing what is needed."""
     module_or_class, _, attribute = dotted.rpartition(".")
     return getattr(pkgutil.resolve_name(module_or_class), attribute)
-

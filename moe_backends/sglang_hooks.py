@@ -1,9 +1,9 @@
 """Every hook into SGLang, each with its reason. Nothing else in this repository changes SGLang's behaviour.
 
-Three kinds. *Resolution* hooks run once, in the process that resolves the command line. *Around* hooks are applied by SGLang's own
-HookRegistry in every process. *Takeovers* replace two functions of `mega_moe.py`, only in a worker and only when a layer of ours is built
-for the "megamoe" exchange; they are looked up as module globals at every call, and every layer that does not carry our mark goes to the
-original. HookRegistry would import that module in the launcher (seconds) and would swallow a failure.
+Three kinds. *Resolution* hooks run once, in the process that resolves the command line. *Around* hooks are applied by SGLang's
+own HookRegistry in every process. *Takeovers* replace two functions of `mega_moe.py`, only in a worker and only when a layer of
+ours is built for the "megamoe" exchange; they are looked up as module globals at every call, and every layer that does not carry
+our mark goes to the original. HookRegistry would import that module in the launcher (seconds) and would swallow a failure.
 """
 
 from __future__ import annotations
@@ -53,13 +53,17 @@ def chosen_kernel() -> KernelSpec:
 
 
 def before_resolution(server_args: Any) -> bool:
-    """Refuse what needs no model and declare the exchange. Returns whether this backend was asked for; if not, nothing was touched."""
+    """Refuse what needs no model and declare the exchange. Returns whether this backend was asked for; if not, nothing was
+    touched."""
     args = compat.view(server_args)
     if not arguments.is_asked_for(args):
         return False
     missing = [hook.target for hook in AROUND[compat.table_version()] if not _is_applied(hook.target)]
     if missing:
-        raise Refusal(f"SGLang could not apply the hook on {', '.join(missing)} (see the log above): reinstall sglang and sglang-hopper-moe.")
+        raise Refusal(
+            f"SGLang could not apply the hook on {', '.join(missing)} (see the log above): reinstall sglang and "
+            "sglang-hopper-moe."
+        )
     compat.declare(server_args, **arguments.early(args, chosen_kernel(), settings(), compat.attn_dp_size(args)))
     return True
 
@@ -126,10 +130,13 @@ def expert_quant_method(original: Callable[..., Any], config: Any, layer: Any, p
 
 @functools.cache
 def take_over(plan: ServingPlan) -> None:
-    """Check the worker's seams and, for the "megamoe" exchange, put the takeovers in place. Raises `Refusal` instead of half-working."""
+    """Check the worker's seams and, for the "megamoe" exchange, put the takeovers in place. Raises `Refusal` instead of
+    half-working."""
     version = compat.table_version()
     if problems := seams.check(seams.WORKER[version]):
-        raise Refusal(f"SGLang {compat.installed_version()} differs from {version} where hopper_moe hooks in: {'; '.join(problems)}.")
+        raise Refusal(
+            f"SGLang {compat.installed_version()} differs from {version} where hopper_moe hooks in: {'; '.join(problems)}."
+        )
     if plan.exchange != "megamoe":
         return
     for hook in TAKEOVERS[version]:
@@ -158,7 +165,9 @@ def should_use_mega_moe_legacy(original: Callable[..., bool], moe: Any, hidden_s
     return compat.exchange_is_megamoe()
 
 
-def run_mega_routed_legacy(original: Callable[..., Any], moe: Any, hidden_states: Any, forward_batch: Any, input_ids_global: Any, num_tokens: int) -> Any:
+def run_mega_routed_legacy(
+    original: Callable[..., Any], moe: Any, hidden_states: Any, forward_batch: Any, input_ids_global: Any, num_tokens: int
+) -> Any:
     if not getattr(moe.experts, MARK, False):
         return original(moe, hidden_states, forward_batch, input_ids_global, num_tokens)
     from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
@@ -194,12 +203,17 @@ _MEGA = "sglang.srt.layers.moe.mega_moe"
 _QUANT_HOOK = Hook(
     FP8_METHOD,
     expert_quant_method,
-    "SGLang builds no runner for a backend it does not know, so the layer's quant method must be ours: it owns packing and the call",
+    "SGLang builds no runner for a backend it does not know, so the layer's quant method must be ours: it owns packing and the "
+    "call",
 )
 
 RESOLUTION: dict[str, tuple[Hook, ...]] = {
     "0.5.23": (
-        Hook("handle_mega_moe", choose_exchange, "first step of resolution: the exchange decides row layout, ep_size and shared experts"),
+        Hook(
+            "handle_mega_moe",
+            choose_exchange,
+            "first step of resolution: the exchange decides row layout, ep_size and shared experts",
+        ),
         Hook(
             "validate_mega_moe_token_budget_for_model",
             check_budget,
@@ -212,13 +226,19 @@ AROUND: dict[str, tuple[Hook, ...]] = {
     "0.5.23": (_QUANT_HOOK,),
     "0.5.17": (
         _QUANT_HOOK,
-        Hook(POST_INIT, resolve_legacy, "0.5.17 has no resolution hooks and no registered names: the name becomes auto plus our plan"),
+        Hook(
+            POST_INIT,
+            resolve_legacy,
+            "0.5.17 has no resolution hooks and no registered names: the name becomes auto plus our plan",
+        ),
     ),
 }
 TAKEOVERS: dict[str, tuple[Hook, ...]] = {
     "0.5.23": (
         Hook(f"{_MEGA}.is_mega_moe_experts_ready", experts_are_ready, "its answer for SM90 depends on deep_gemm's FP8 kernel"),
-        Hook(f"{_MEGA}.run_mega_routed_experts", run_experts, "the kernel call; gate, top-k, hash and shared experts stay SGLang's"),
+        Hook(
+            f"{_MEGA}.run_mega_routed_experts", run_experts, "the kernel call; gate, top-k, hash and shared experts stay SGLang's"
+        ),
     ),
     "0.5.17": (
         Hook(f"{_MEGA}.should_use_mega_moe", should_use_mega_moe_legacy, "0.5.17 has no readiness function to answer for"),
@@ -228,7 +248,8 @@ TAKEOVERS: dict[str, tuple[Hook, ...]] = {
 
 
 def install() -> None:
-    """Register the hooks of the installed version. The name comes after them, and the choice last: without it no launch can ask for us."""
+    """Register the hooks of the installed version. The name comes after them, and the choice last: without it no launch can ask
+    for us."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     version = compat.table_version()

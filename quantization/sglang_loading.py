@@ -1,7 +1,8 @@
 """From SGLang's checkpoint loader to packed parameters: what is loaded is checked as it comes, counted, then packed in place.
 
-SGLang's own loader decides which expert belongs to this rank (EP, TP and EPLB) and cuts the slice; we see every tensor it is about to
-store, and refuse what it would store wrongly: `Tensor.copy_` turns a uint8 scale into a *number* when the parameter is float8_e8m0fnu.
+SGLang's own loader decides which expert belongs to this rank (EP, TP and EPLB) and cuts the slice; we see every tensor it is
+about to store, and refuse what it would store wrongly: `Tensor.copy_` turns a uint8 scale into a *number* when the parameter is
+float8_e8m0fnu.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class CheckpointShape:
 
 
 class LoadLedger:
-    """Stands before a layer's `_weight_loader_impl` (the last step of every load, with the local expert number) and keeps the books.
+    """Stands before a layer's `_weight_loader_impl` (the last step of every load, with the local expert number) and keeps the
+    books.
 
     Args:
         layer: FusedMoE with the four checkpoint parameters created.
@@ -54,16 +56,24 @@ class LoadLedger:
         self._store = layer._weight_loader_impl
         layer._weight_loader_impl = self.load
 
-    def load(self, param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int) -> None:
-        """Check one tensor of one local expert, note it, and store it as SGLang would. Raises `Refusal` naming tensor, expert and value."""
+    def load(
+        self, param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
+    ) -> None:
+        """Check one tensor of one local expert, note it, and store it as SGLang would. Raises `Refusal` naming tensor, expert and
+        value."""
         parameter = next((name for name in CHECKPOINT_PARAMETERS if getattr(self._layer, name) is param), None)
         if parameter is None or shard_id not in _SHARDS[parameter]:
-            raise Refusal(f"{self._prefix}: {weight_name} ({shard_id}) belongs to no FP4 expert tensor: this checkpoint is not DeepSeek-V4's.")
+            raise Refusal(
+                f"{self._prefix}: {weight_name} ({shard_id}) belongs to no FP4 expert tensor: this checkpoint is not "
+                "DeepSeek-V4's."
+            )
         name = self._name(parameter, shard_id, expert_id)
         is_scale = parameter in SCALES
         wanted = self._shape.of(shard_id, is_scale)
         if tuple(loaded_weight.shape) != wanted:
-            raise Refusal(f"{name} has shape {list(loaded_weight.shape)}, not {list(wanted)}: the checkpoint does not fit its config.json.")
+            raise Refusal(
+                f"{name} has shape {list(loaded_weight.shape)}, not {list(wanted)}: the checkpoint does not fit its config.json."
+            )
         data = _scale_bytes(name, loaded_weight) if is_scale else _weight_bytes(name, loaded_weight)
         with self._lock:
             if (parameter, shard_id, expert_id) in self._loaded:
@@ -77,7 +87,8 @@ class LoadLedger:
         missing = [key for key in every if key not in self._loaded]
         if missing:
             raise Refusal(
-                f"{self._name(*missing[0])} is not in the checkpoint ({len(missing)} of {len(every)} expert tensors of this rank are missing): "
+                f"{self._name(*missing[0])} is not in the checkpoint ({len(missing)} of {len(every)} expert tensors of this "
+                "rank are missing): "
                 "fetch the checkpoint again."
             )
 
@@ -91,7 +102,10 @@ class LoadLedger:
 
 def _weight_bytes(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype not in _PACKED_E2M1:
-        raise Refusal(f"{name} is {tensor.dtype}, not packed FP4 (int8, two values a byte): serve this checkpoint with --moe-runner-backend auto.")
+        raise Refusal(
+            f"{name} is {tensor.dtype}, not packed FP4 (int8, two values a byte): serve this checkpoint with "
+            "--moe-runner-backend auto."
+        )
     return tensor.view(torch.int8)
 
 
@@ -105,13 +119,20 @@ def _scale_bytes(name: str, tensor: torch.Tensor) -> torch.Tensor:
         byte = exponent - 1 + layout.UE8M0_BIAS
         bad = (mantissa != 0.5) | (byte < 0) | (byte >= layout.UE8M0_NAN)
         if bool(bad.any()):
-            raise Refusal(f"{name} holds {values[bad][0].item()}, which is no power of two between 2**-127 and 2**127: UE8M0 cannot hold it.")
+            raise Refusal(
+                f"{name} holds {values[bad][0].item()}, which is no power of two between 2**-127 and 2**127: UE8M0 cannot hold "
+                "it."
+            )
         data = byte.to(torch.uint8)
     else:
-        raise Refusal(f"{name} is {tensor.dtype}, not UE8M0 scales (one byte each): the checkpoint is damaged or of another format.")
+        raise Refusal(
+            f"{name} is {tensor.dtype}, not UE8M0 scales (one byte each): the checkpoint is damaged or of another format."
+        )
     if bool((data == layout.UE8M0_NAN).any()):
         row, group = (data == layout.UE8M0_NAN).nonzero()[0].tolist()
-        raise Refusal(f"{name} holds {layout.UE8M0_NAN} (NaN) at row {row}, group {group}: the checkpoint is damaged, fetch it again.")
+        raise Refusal(
+            f"{name} holds {layout.UE8M0_NAN} (NaN) at row {row}, group {group}: the checkpoint is damaged, fetch it again."
+        )
     return data.view(torch.float8_e8m0fnu)
 
 
@@ -121,8 +142,8 @@ def _scale_bytes(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def pack_layer(layer: torch.nn.Module) -> PackedExperts:
     """Pack the layer's checkpoint parameters expert by expert, register the packed ones, free the originals.
 
-    Every packed tensor becomes a Parameter with dim 0 = local expert, because that is what SGLang's EPLB moves. Exactness is the caller's
-    to check. At the peak the layer exists twice, no other layer does.
+    Every packed tensor becomes a Parameter with dim 0 = local expert, because that is what SGLang's EPLB moves. Exactness is the
+    caller's to check. At the peak the layer exists twice, no other layer does.
     """
     w13, w13_scale, w2, w2_scale = (getattr(layer, name).data for name in CHECKPOINT_PARAMETERS)
     packed = PackedExperts.empty(layer.num_local_experts, w2.shape[1], w2.shape[2] * 2, w13.device)

@@ -1,4 +1,5 @@
-"""SGLang's quant method for FP4 experts: parameters in the checkpoint's own types, packed once after loading, then one kernel call."""
+"""SGLang's quant method for FP4 experts: parameters in the checkpoint's own types, packed once after loading, then one kernel
+call."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """w13_weight int8 [E, 2I, H/2], w2_weight int8 [E, H, I/2] and their `_scale_inv` float8_e8m0fnu [.., ../32], E and I of this rank."""
+        """w13_weight int8 [E, 2I, H/2], w2_weight int8 [E, H, I/2] and their `_scale_inv` float8_e8m0fnu [.., ../32], E and I of
+        this rank."""
         layout.check_dims(hidden_size, intermediate_size_per_partition)
         if layer.num_fused_shared_experts:
             raise Refusal(f"{self._prefix}: shared experts are fused into the routed ones: drop --enforce-shared-experts-fusion.")
@@ -80,7 +82,9 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
             "gemm1_clamp_limit": config.gemm1_clamp_limit is not None,
         }
         for field in (name for name, bad in unsupported.items() if bad):
-            raise Refusal(f"{self._prefix}: {field}={getattr(config, field)} is not DeepSeek-V4's SwiGLU: use --moe-runner-backend auto.")
+            raise Refusal(
+                f"{self._prefix}: {field}={getattr(config, field)} is not DeepSeek-V4's SwiGLU: use --moe-runner-backend auto."
+            )
         self._config = config
         self._shard = ExpertShard(
             num_experts=config.num_experts,
@@ -121,7 +125,8 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
             report.require_exact(self._prefix)
         if compat.has_redundant_experts():
             raise Refusal(
-                f"{self._prefix}: {report.num_inexact_rows} rows cannot be packed, so this layer's tensors differ from the others', which "
+                f"{self._prefix}: {report.num_inexact_rows} rows cannot be packed, so this layer's tensors differ from the "
+                "others', which "
                 "--enable-eplb and --ep-num-redundant-experts cannot move: drop them."
             )
         logger.warning(
@@ -143,14 +148,19 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         hidden_states = dispatch_output.hidden_states
         if compat.exchange_is_megamoe():
             raise Refusal(
-                f"{self._prefix}: {hidden_states.shape[0]} tokens came past the fused exchange, whose limit is {self._plan.capacity} per rank: "
+                f"{self._prefix}: {hidden_states.shape[0]} tokens came past the fused exchange, whose limit is "
+                f"{self._plan.capacity} per rank: "
                 "raise HOPPER_MOE_MAX_TOKENS_PER_RANK or lower --chunked-prefill-size."
             )
         if not dispatch_output.format.is_standard() or dispatch_output.hidden_states_scale is not None:
-            raise Refusal(f"{self._prefix}: expected BF16 rows in SGLang's standard layout, got {type(dispatch_output).__name__}.")
+            raise Refusal(
+                f"{self._prefix}: expected BF16 rows in SGLang's standard layout, got {type(dispatch_output).__name__}."
+            )
         topk = dispatch_output.topk_output
         scale = 1.0 if layer.should_fuse_routed_scaling_factor_in_topk else self._config.routed_scaling_factor
-        output = self._run_in_pieces(hidden_states, self._global_ids(layer, topk.topk_ids), self._weights(topk.topk_weights, scale))
+        output = self._run_in_pieces(
+            hidden_states, self._global_ids(layer, topk.topk_ids), self._weights(topk.topk_weights, scale)
+        )
         return StandardCombineInput(hidden_states=output)
 
     def run_mega(
@@ -172,21 +182,34 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         shared_l2_weights: torch.Tensor | None = None,
         routing_in_buffer: bool = False,
     ) -> torch.Tensor:
-        """"megamoe" exchange: complete sums for this rank's rows. Ids are global (physical) here; every rank calls, also with 0 tokens.
+        """ "megamoe" exchange: complete sums for this rank's rows. Ids are global (physical) here; every rank calls, also with 0
+        tokens.
 
-        `routed_scaling_factor` is what SGLang has not multiplied in yet: 1.0 if its top-k has. Returns a fresh bf16 [num_tokens, hidden_size].
+        `routed_scaling_factor` is what SGLang has not multiplied in yet: 1.0 if its top-k has. Returns a fresh bf16 [num_tokens,
+        hidden_size].
         """
         shard = self._shard
-        if shared_l1_weights is not None or shared_l2_weights is not None or num_shared_experts or routing_in_buffer or activation != "swiglu":
-            raise Refusal(f"{self._prefix}: SGLang asks for shared experts, routing or activation inside the kernel, which it does not have.")
+        if (
+            shared_l1_weights is not None
+            or shared_l2_weights is not None
+            or num_shared_experts
+            or routing_in_buffer
+            or activation != "swiglu"
+        ):
+            raise Refusal(
+                f"{self._prefix}: SGLang asks for shared experts, routing or activation inside the kernel, which it does not "
+                "have."
+            )
         if (hidden_size, top_k, activation_clamp) != (shard.hidden_size, shard.top_k, shard.swiglu_limit):
             raise Refusal(
-                f"{self._prefix}: called for hidden_size {hidden_size}, top_k {top_k}, swiglu_limit {activation_clamp}, but built for "
+                f"{self._prefix}: called for hidden_size {hidden_size}, top_k {top_k}, swiglu_limit {activation_clamp}, but "
+                "built for "
                 f"{shard.hidden_size}, {shard.top_k}, {shard.swiglu_limit}: the model's config changed after loading."
             )
         if num_tokens > shard.max_tokens_per_rank:
             raise Refusal(
-                f"{self._prefix}: {num_tokens} tokens exceed the {shard.max_tokens_per_rank} per rank that the buffer was sized for: "
+                f"{self._prefix}: {num_tokens} tokens exceed the {shard.max_tokens_per_rank} per rank that the buffer was "
+                "sized for: "
                 "raise HOPPER_MOE_MAX_TOKENS_PER_RANK or lower --chunked-prefill-size."
             )
         if topk_ids is None:
@@ -206,7 +229,8 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         return torch.cat([self._runner.run(*piece) for piece in pieces])
 
     def _global_ids(self, layer: torch.nn.Module, topk_ids: torch.Tensor) -> torch.Tensor:
-        """What the dispatcher passed on, as global ids: its ids are local (-1: not here) unless it was told to leave them alone."""
+        """What the dispatcher passed on, as global ids: its ids are local (-1: not here) unless it was told to leave them
+        alone."""
         ids = topk_ids.to(torch.int32)
         if layer.moe_ep_size == 1 or layer.dispatcher.skip_local_expert_mapping:
             return ids

@@ -26,7 +26,11 @@ SUITES = [("0.5.23", 120), ("0.5.17", 16)]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HOPPER_MOE_", "_HOPPER_MOE_", "SGLANG_", "DG_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HOPPER_MOE_", "_HOPPER_MOE_", "SGLANG_", "DG_"))
+    }
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"} | changes
 
 
@@ -34,7 +38,9 @@ def old_sglang() -> Path:
     """The 0.5.17 wheel in a folder of its own, downloaded once. Fails without it."""
     folder = CACHE / "-".join(name.replace("==", "_") for name in OLD)
     if not (folder / "complete").exists():
-        subprocess.run([UV, "pip", "install", "--quiet", "--python", sys.executable, "--target", folder, "--no-deps", *OLD], check=True)
+        subprocess.run(
+            [UV, "pip", "install", "--quiet", "--python", sys.executable, "--target", folder, "--no-deps", *OLD], check=True
+        )
         (folder / "complete").touch()
     return folder
 
@@ -45,7 +51,12 @@ def test_in_stock_sglang(version, at_least, tmp_path):
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", f"--junitxml={report}", str(HERE)]
     run = subprocess.run(
-        command, cwd=HERE, env=environment(STOCK_SGLANG=version, PYTHONPATH=os.pathsep.join(path)), capture_output=True, text=True, timeout=600
+        command,
+        cwd=HERE,
+        env=environment(STOCK_SGLANG=version, PYTHONPATH=os.pathsep.join(path)),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
     assert run.returncode == 0 and suite is not None, run.stdout[-8000:] + run.stderr[-2000:]
@@ -61,8 +72,11 @@ def test_without_the_plugin_everything_refuses(tmp_path):
     model = stock.write_model(tmp_path / "model")
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "without_plugin.py"), str(model)],
-        env=environment(STOCK_SGLANG="0.5.23", SGLANG_PLUGINS="somebody_elses", PYTHONPATH=str(HERE)), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env=environment(STOCK_SGLANG="0.5.23", SGLANG_PLUGINS="somebody_elses", PYTHONPATH=str(HERE)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads(run.stdout.strip().splitlines()[-1])
     assert found["parser"].startswith("exit 2: ") and "invalid choice: 'hopper_moe'" in found["parser"]
@@ -71,7 +85,8 @@ def test_without_the_plugin_everything_refuses(tmp_path):
 
 
 def test_sglang_itself_is_untouched():
-    """Everything above ran the plugin; SGLang's files still are what its wheel installed, so uninstalling ours leaves it as it was."""
+    """Everything above ran the plugin; SGLang's files still are what its wheel installed, so uninstalling ours leaves it as it
+    was."""
     changed = []
     for file in distribution("sglang").files:
         if file.suffix == ".py" and file.hash is not None:

@@ -43,7 +43,8 @@ class Mxfp4MegaRunner:
     """`ExpertRunner` over `hopper_moe.kernels.mega_moe`."""
 
     def prepare(self, packed: PackedExperts, shard: ExpertShard) -> None:
-        """See `ExpertRunner.prepare`. The first layer of a shape compiles the kernel (if it was not before) and takes the workspace."""
+        """See `ExpertRunner.prepare`. The first layer of a shape compiles the kernel (if it was not before) and takes the
+        workspace."""
         self._packed, self._swiglu_limit = packed, shard.swiglu_limit
         self._kernel = _kernel(
             shard.max_tokens_per_rank,
@@ -58,7 +59,13 @@ class Mxfp4MegaRunner:
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """See `ExpertRunner.run`."""
-        return self._kernel(hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), self._packed, swiglu_limit=self._swiglu_limit)
+        return self._kernel(
+            hidden_states.contiguous(),
+            topk_ids.contiguous(),
+            topk_weights.contiguous(),
+            self._packed,
+            swiglu_limit=self._swiglu_limit,
+        )
 
 
 def create() -> Mxfp4MegaRunner:

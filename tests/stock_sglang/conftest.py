@@ -1,5 +1,5 @@
-"""These tests import stock SGLang, which changes transformers for the whole process, so `test_stock_sglang.py` runs them in processes of
-their own: one per SGLang version. Run one alone with `STOCK_SGLANG=0.5.23 pytest tests/stock_sglang`.
+"""These tests import stock SGLang, which changes transformers for the whole process, so `test_stock_sglang.py` runs them in
+processes of their own: one per SGLang version. Run one alone with `STOCK_SGLANG=0.5.23 pytest tests/stock_sglang`.
 """
 
 import os

@@ -25,24 +25,36 @@ torch.set_num_threads(1)  # a forked child would wait forever for the threads of
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, FACTOR, LIMIT = 384, 256, 16, 4, 1.5, 1.0
 SHARED = [f"model.layers.0.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")]  # BF16: FP8 linears need a GPU
-QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
 
 
 def config_dict(**changes: Any) -> dict[str, Any]:
     """A small DeepSeek-V4 config.json; field names as in the released ones."""
-    return {
-        "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "torch_dtype": "bfloat16", "expert_dtype": "fp4",
-        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "vocab_size": 1280,
-        "hidden_size": HIDDEN, "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-        "head_dim": 512, "num_attention_heads": 64, "num_key_value_heads": 1, "o_groups": 8, "o_lora_rank": 1024, "q_lora_rank": 1024,
-        "qk_rope_head_dim": 64, "index_head_dim": 128, "index_n_heads": 64, "index_topk": 512, "sliding_window": 128,
-        "hc_eps": 1e-6, "hc_mult": 4, "hc_sinkhorn_iters": 20, "max_position_embeddings": 65536, "num_hidden_layers": 4,
-        "num_nextn_predict_layers": 1, "compress_ratios": [0, 0, 4, 128, 0], "compress_rope_theta": 160000, "rope_theta": 10000,
-        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 16, "original_max_position_embeddings": 4096, "type": "yarn"},
+    attention = {
+        "attention_bias": False, "attention_dropout": 0.0, "head_dim": 512, "num_attention_heads": 64, "num_key_value_heads": 1,
+        "o_groups": 8, "o_lora_rank": 1024, "q_lora_rank": 1024, "qk_rope_head_dim": 64, "sliding_window": 128,
+        "index_head_dim": 128, "index_n_heads": 64, "index_topk": 512, "compress_ratios": [0, 0, 4, 128, 0],
+        "compress_rope_theta": 160000, "rope_theta": 10000, "max_position_embeddings": 65536,
+        "rope_scaling": {"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096},
+    }  # fmt: skip
+    experts = {
         "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS, "num_experts_per_tok": TOP_K, "n_shared_experts": 1,
         "num_hash_layers": 0, "norm_topk_prob": True, "routed_scaling_factor": FACTOR, "scoring_func": "sqrtsoftplus",
-        "swiglu_limit": LIMIT, "topk_method": "noaux_tc", "quantization_config": QUANTIZATION, "use_cache": True,
-    } | changes  # fmt: skip
+        "swiglu_limit": LIMIT, "topk_method": "noaux_tc", "expert_dtype": "fp4", "quantization_config": QUANTIZATION,
+    }  # fmt: skip
+    rest = {
+        "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "torch_dtype": "bfloat16", "vocab_size": 1280,
+        "bos_token_id": 0, "eos_token_id": 1, "hidden_size": HIDDEN, "hidden_act": "silu", "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hc_eps": 1e-6, "hc_mult": 4, "hc_sinkhorn_iters": 20,
+        "num_hidden_layers": 4, "num_nextn_predict_layers": 1, "use_cache": True,
+    }  # fmt: skip
+    return attention | experts | rest | changes
 
 
 def write_model(folder: Path, expert_dtype: str = "I8", **changes: Any) -> Path:
@@ -69,9 +81,14 @@ def simulate_sm90() -> None:
     if not LEGACY:
         from sglang.srt.runtime_context import override_platform
 
-        facts = dict.fromkeys(("is_sm100", "is_sm120", "is_blackwell", "is_hip"), False) | {"device_sm": 90, "device_capability": (9, 0)}
+        facts = dict.fromkeys(("is_sm100", "is_sm120", "is_blackwell", "is_hip"), False) | {
+            "device_sm": 90,
+            "device_capability": (9, 0),
+        }
         override_platform(is_cuda=True, is_sm90=True, **facts).install()
-    deepseek_v2._is_cuda = True  # computed at import from the real machine: elsewhere it multiplies the routed factor in by itself
+    deepseek_v2._is_cuda = (
+        True  # computed at import from the real machine: elsewhere it multiplies the routed factor in by itself
+    )
     standard.get_device = lambda: "cpu"  # where the dispatcher puts its table
 
 
@@ -88,7 +105,9 @@ def resolve(model: Path, *argv: str, backend: str = "hopper_moe") -> Any:
     from sglang.srt.server_args import prepare_server_args
 
     forget_settings()
-    args = prepare_server_args(["--model-path", str(model), "--device", "cuda", "--log-level", "error", "--moe-runner-backend", backend, *argv])
+    args = prepare_server_args(
+        ["--model-path", str(model), "--device", "cuda", "--log-level", "error", "--moe-runner-backend", backend, *argv]
+    )
     if not LEGACY:
         args.resolve_once()
     return args
@@ -116,7 +135,9 @@ def join(args: Any, store: Path, rank: int = 0, world_size: int = 1) -> None:
     init_distributed_environment(world_size, rank, f"file://{store}", rank, "gloo")
     if LEGACY:
         sizes = {"tensor_model_parallel_size": args.tp_size, "expert_model_parallel_size": args.ep_size}
-        initialize_model_parallel(**sizes, attention_data_parallel_size=args.dp_size if args.enable_dp_attention else 1, backend="gloo")
+        initialize_model_parallel(
+            **sizes, attention_data_parallel_size=args.dp_size if args.enable_dp_attention else 1, backend="gloo"
+        )
         _place_experts(args, rank)
     else:
         initialize_model_parallel(backend="gloo")
@@ -172,7 +193,11 @@ def quant_config(is_fp4: bool = True, **changes: Any) -> Any:
     from sglang.srt.layers.quantization.fp8 import Fp8Config
 
     return Fp8Config(
-        is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", weight_block_size=[128, 128], is_fp4_experts=is_fp4, **changes
+        is_checkpoint_fp8_serialized=True,
+        activation_scheme="dynamic",
+        weight_block_size=[128, 128],
+        is_fp4_experts=is_fp4,
+        **changes,
     )
 
 
@@ -181,13 +206,18 @@ def fused_moe(num_experts: int = EXPERTS, **changes: Any) -> Any:
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 
     with _bf16():
-        return FusedMoE(
-            **dict(
-                num_experts=num_experts, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, layer_id=0, top_k=TOP_K, quant_config=quant_config(),
-                routed_scaling_factor=FACTOR, swiglu_limit=LIMIT, prefix="model.layers.0.mlp.experts",
-            )
-            | changes
-        )  # fmt: skip
+        given = dict(
+            num_experts=num_experts,
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            layer_id=0,
+            top_k=TOP_K,
+            quant_config=quant_config(),
+            routed_scaling_factor=FACTOR,
+            swiglu_limit=LIMIT,
+            prefix="model.layers.0.mlp.experts",
+        )
+        return FusedMoE(**given | changes)
 
 
 class _bf16:
@@ -220,7 +250,11 @@ def random_checkpoint(seed: int, exponents: tuple[int, int] = (120, 123)) -> Che
     rng = torch.Generator().manual_seed(seed)
     tensors = {}
     for expert in range(EXPERTS):
-        for shard, (rows, k) in {"w1": (INTERMEDIATE, HIDDEN), "w3": (INTERMEDIATE, HIDDEN), "w2": (HIDDEN, INTERMEDIATE)}.items():
+        for shard, (rows, k) in {
+            "w1": (INTERMEDIATE, HIDDEN),
+            "w3": (INTERMEDIATE, HIDDEN),
+            "w2": (HIDDEN, INTERMEDIATE),
+        }.items():
             name = f"layers.0.ffn.experts.{expert}.{shard}"
             tensors[f"{name}.weight"] = torch.randint(0, 256, (rows, k // 2), generator=rng, dtype=torch.uint8).view(torch.int8)
             scale = torch.randint(exponents[0], exponents[1] + 1, (rows, k // 32), generator=rng, dtype=torch.uint8)
@@ -231,7 +265,8 @@ def random_checkpoint(seed: int, exponents: tuple[int, int] = (120, 123)) -> Che
 
 
 def load(experts: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """What stock `DeepseekV4ForCausalLM.load_weights` does with expert tensors, with its name table and its parameters' loaders."""
+    """What stock `DeepseekV4ForCausalLM.load_weights` does with expert tensors, with its name table and its parameters'
+    loaders."""
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
     from sglang.srt.models.deepseek_v4 import DeepseekV4ForCausalLM
 
@@ -289,7 +324,9 @@ def route(checkpoint: Checkpoint, x: torch.Tensor) -> tuple[torch.Tensor, torch.
     return ids, weights / weights.sum(-1, keepdim=True) * FACTOR
 
 
-def expected(checkpoint: Checkpoint, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: range = range(EXPERTS)) -> torch.Tensor:
+def expected(
+    checkpoint: Checkpoint, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: range = range(EXPERTS)
+) -> torch.Tensor:
     """The routed experts in float64, nothing rounded, over a range of experts: [M, H]."""
     y = torch.zeros(x.shape, dtype=torch.float64)
     for expert in experts:
@@ -297,7 +334,9 @@ def expected(checkpoint: Checkpoint, x: torch.Tensor, ids: torch.Tensor, weights
         rows = x[token].double()
         gate = (rows @ checkpoint.dense(expert, "w1").T).clamp(max=LIMIT)
         up = (rows @ checkpoint.dense(expert, "w3").T).clamp(-LIMIT, LIMIT)
-        y.index_add_(0, token, weights[token, slot, None].double() * ((gate * gate.sigmoid() * up) @ checkpoint.dense(expert, "w2").T))
+        y.index_add_(
+            0, token, weights[token, slot, None].double() * ((gate * gate.sigmoid() * up) @ checkpoint.dense(expert, "w2").T)
+        )
     return y
 
 
@@ -312,4 +351,5 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 ROUNDING = 0.1
-"""Relative error that E4M3 activations and BF16 results may make (0.05 is usual); a wrong factor, id or matrix makes 0.25 or more."""
+"""Relative error that E4M3 activations and BF16 results may make (0.05 is usual); a wrong factor, id or matrix makes 0.25 or
+more."""

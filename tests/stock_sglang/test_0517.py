@@ -51,7 +51,9 @@ def test_every_hook_is_in_place():
 
 
 @pytest.mark.parametrize(
-    ("argv", "a2a", "ep_size"), [((), "none", 1), (EP4, "none", 4), (EP4_EXCHANGE, "megamoe", 4)], ids=["one GPU", "EP 4", "EP 4 with attention DP"]
+    ("argv", "a2a", "ep_size"),
+    [((), "none", 1), (EP4, "none", 4), (EP4_EXCHANGE, "megamoe", 4)],
+    ids=["one GPU", "EP 4", "EP 4 with attention DP"],
 )
 def test_resolution(model, argv, a2a, ep_size):
     args = stock.resolve(model, *argv)
@@ -90,7 +92,9 @@ def test_fp8_experts_are_refused(tmp_path):
 def test_the_budget_counts_what_a_rank_gets(model):
     argv = (*EP4_EXCHANGE, "--chunked-prefill-size", "65536")
     os.environ["HOPPER_MOE_MAX_TOKENS_PER_RANK"] = "2048"
-    with pytest.raises(ValueError, match="required_per_rank=16384|below the 16384 tokens"):  # this SGLang divides once, and says so first
+    with pytest.raises(
+        ValueError, match="required_per_rank=16384|below the 16384 tokens"
+    ):  # this SGLang divides once, and says so first
         stock.resolve(model, *argv)
     del os.environ["HOPPER_MOE_MAX_TOKENS_PER_RANK"], os.environ["SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK"]
     stock.resolve(model, *argv)
@@ -113,7 +117,14 @@ def test_standard_mode(model, tmp_path, checkpoint, argv, ranks):
         block = stock.moe_block(checkpoint)
         y, empty = block(x.clone()), block(x[:0])
         factor_dropped(block)
-        return type(block.experts.quant_method).__name__, created, block.experts.dispatcher.skip_local_expert_mapping, y, empty, block(x.clone())
+        return (
+            type(block.experts.quant_method).__name__,
+            created,
+            block.experts.dispatcher.skip_local_expert_mapping,
+            y,
+            empty,
+            block(x.clone()),
+        )
 
     for name, created, global_ids, y, empty, sabotaged in stock.in_ranks(work, stock.resolve(model, *argv), ranks, tmp_path):
         assert name == "HopperMxfp4MoEMethod" and global_ids

@@ -1,6 +1,8 @@
-"""Forward passes of stock DeepSeek-V4 MoE blocks in SGLang 0.5.23, on real ranks (forked, gloo), against float64 arithmetic of our own.
+"""Forward passes of stock DeepSeek-V4 MoE blocks in SGLang 0.5.23, on real ranks (forked, gloo), against float64 arithmetic of
+our own.
 
-Gate, top-k, dispatcher, the MegaMoE functions, shared expert and collectives are SGLang's; the kernel at the end is the reference.
+Gate, top-k, dispatcher, the MegaMoE functions, shared expert and collectives are SGLang's; the kernel at the end is the
+reference.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ def wanted(checkpoint: stock.Checkpoint, x: torch.Tensor) -> torch.Tensor:
 
 
 def agrees(got: torch.Tensor, want: torch.Tensor) -> bool:
-    return got.dtype is torch.bfloat16 and got.shape == want.shape and (not want.numel() or stock.relative_error(got, want) < ROUNDING)
+    return (
+        got.dtype is torch.bfloat16
+        and got.shape == want.shape
+        and (not want.numel() or stock.relative_error(got, want) < ROUNDING)
+    )
 
 
 # ---- standard dispatcher: every rank sees all rows, SGLang sums over ranks
@@ -72,7 +78,9 @@ def test_dispatched_ids_are_local_and_become_global_again(model):
     stock.publish(stock.resolve(model, *EP8), 3)
     layer = stock.fused_moe()
     ids = torch.tensor([[0, 5, 6, 7, -1, 15]], dtype=torch.int32)
-    dispatched = layer.dispatcher.dispatch(torch.zeros(1, HIDDEN), StandardTopKOutput(torch.ones(1, 6), ids, None)).topk_output.topk_ids
+    dispatched = layer.dispatcher.dispatch(
+        torch.zeros(1, HIDDEN), StandardTopKOutput(torch.ones(1, 6), ids, None)
+    ).topk_output.topk_ids
     assert dispatched.tolist() == [[-1, -1, 0, 1, -1, -1]], "rank 3 of 8 holds experts 6 and 7"
     assert layer.quant_method._global_ids(layer, dispatched).tolist() == [[-1, -1, 6, 7, -1, -1]]
 
@@ -99,10 +107,14 @@ def run_exchange(model, tmp_path, checkpoint, rows, argv=EP8_EXCHANGE, sabotage=
 
 
 def test_the_mega_moe_call_at_ep8(model, tmp_path, checkpoint, rows):
-    for x, (y, ids, weights, kwargs, taken_over, calls) in zip(rows, run_exchange(model, tmp_path, checkpoint, rows), strict=True):
+    for x, (y, ids, weights, kwargs, taken_over, calls) in zip(
+        rows, run_exchange(model, tmp_path, checkpoint, rows), strict=True
+    ):
         assert taken_over and calls == 1
         assert kwargs["num_tokens"] == len(x) and kwargs["top_k"] == TOP_K and kwargs["hidden_size"] == HIDDEN
-        assert kwargs["activation_clamp"] == stock.LIMIT and kwargs["routed_scaling_factor"] == 1.0, "the factor is in the weights"
+        assert kwargs["activation_clamp"] == stock.LIMIT and kwargs["routed_scaling_factor"] == 1.0, (
+            "the factor is in the weights"
+        )
         if not len(x):
             assert ids is None and weights is None and y.shape == (0, HIDDEN)
             continue
@@ -119,7 +131,9 @@ def test_the_exchange_has_the_bits_of_one_rank_with_all_experts(model, tmp_path,
         names = [[f"layers.0.ffn.experts.{e}.{shard}.{part}" for shard in shards] for e in range(EXPERTS)]
         return torch.stack([torch.cat([checkpoint.tensors[n].view(torch.uint8) for n in group]) for group in names])
 
-    experts = Mxfp4Experts(stacked("weight", "w1", "w3"), stacked("scale", "w1", "w3"), stacked("weight", "w2"), stacked("scale", "w2"))
+    experts = Mxfp4Experts(
+        stacked("weight", "w1", "w3"), stacked("scale", "w1", "w3"), stacked("weight", "w2"), stacked("scale", "w2")
+    )
 
     def no_shared_expert(block):
         block._forward_shared_experts = lambda hidden_states: None
@@ -186,7 +200,9 @@ def local_ids_as_global(block):
 
 def global_ids_as_local(block):
     block.experts.dispatcher.skip_local_expert_mapping = True
-    block.experts.quant_method._global_ids = lambda layer, ids: torch.where(ids < 0, ids, ids + layer.quant_method._shard.first_expert)
+    block.experts.quant_method._global_ids = lambda layer, ids: torch.where(
+        ids < 0, ids, ids + layer.quant_method._shard.first_expert
+    )
 
 
 def gate_and_up_swapped(block):
@@ -202,7 +218,9 @@ def gate_and_up_swapped(block):
             deltas.copy_(deltas.flip(-3).clone())
 
 
-@pytest.mark.parametrize("sabotage", [factor_dropped, factor_doubled, local_ids_as_global, global_ids_as_local, gate_and_up_swapped])
+@pytest.mark.parametrize(
+    "sabotage", [factor_dropped, factor_doubled, local_ids_as_global, global_ids_as_local, gate_and_up_swapped]
+)
 def test_sabotage_is_noticed_in_standard_mode(model, tmp_path, checkpoint, rows, sabotage):
     x = torch.cat(rows)
     for y, _ in run_standard(model, tmp_path, checkpoint, x, EP8, 8, sabotage):

@@ -1,4 +1,5 @@
-"""Quant method and loading in stock SGLang 0.5.23: what is created, loaded, packed and moved, and every checkpoint that is refused."""
+"""Quant method and loading in stock SGLang 0.5.23: what is created, loaded, packed and moved, and every checkpoint that is
+refused."""
 
 from __future__ import annotations
 
@@ -66,13 +67,20 @@ def test_the_draft_of_speculative_decoding_gets_it_too(one_gpu):
 
 
 def test_layers_that_are_not_ours_stay_stock(model, one_gpu):
-    assert type(stock.fused_moe(quant_config=stock.quant_config(ignored_layers=["model.layers.0.mlp.experts"])).quant_method).__name__ == "UnquantizedFusedMoEMethod"
+    assert (
+        type(
+            stock.fused_moe(quant_config=stock.quant_config(ignored_layers=["model.layers.0.mlp.experts"])).quant_method
+        ).__name__
+        == "UnquantizedFusedMoEMethod"
+    )
     stock.publish(stock.resolve(model, backend="triton"))
     assert type(stock.fused_moe().quant_method).__name__ == "Fp8MoEMethod"
 
 
 def test_fp8_experts_are_refused(one_gpu):
-    with pytest.raises(Refusal, match="model.layers.0.mlp.experts: these experts are FP8, which no kernel of this release serves"):
+    with pytest.raises(
+        Refusal, match="model.layers.0.mlp.experts: these experts are FP8, which no kernel of this release serves"
+    ):
         stock.fused_moe(quant_config=stock.quant_config(is_fp4=False))
 
 
@@ -114,7 +122,10 @@ def test_layers_that_are_refused(one_gpu, change, sentence):
 # ---- loading and packing
 
 
-@pytest.mark.parametrize(("place", "experts", "columns"), [("one_gpu", range(EXPERTS), slice(None)), ("ep8", range(6, 8), slice(None)), ("tp2", range(EXPERTS), slice(128, 256))])
+@pytest.mark.parametrize(
+    ("place", "experts", "columns"),
+    [("one_gpu", range(EXPERTS), slice(None)), ("ep8", range(6, 8), slice(None)), ("tp2", range(EXPERTS), slice(128, 256))],
+)
 def test_the_packed_experts_are_this_ranks_slice_bit_for_bit(place, experts, columns, checkpoint, request):
     request.getfixturevalue(place)
     layer = stock.fused_moe()
@@ -199,12 +210,27 @@ def not_a_power(tensor: torch.Tensor) -> torch.Tensor:
         ((6, "w3", "scale"), lambda t: -t.float(), "experts.6.w3.scale holds -.* no power of two"),
         ((6, "w1", "scale"), lambda t: t.to(torch.float64), "experts.6.w1.scale is torch.float64, not UE8M0"),
         ((6, "w1", "weight"), lambda t: t.to(torch.bfloat16), "experts.6.w1.weight is torch.bfloat16, not packed FP4"),
-        ((6, "w1", "weight"), lambda t: t.view(torch.float8_e4m3fn), "experts.6.w1.weight is torch.float8_e4m3fn, not packed FP4"),
+        (
+            (6, "w1", "weight"),
+            lambda t: t.view(torch.float8_e4m3fn),
+            "experts.6.w1.weight is torch.float8_e4m3fn, not packed FP4",
+        ),
         ((6, "w1", "weight"), lambda t: t[:-1], r"experts.6.w1.weight has shape \[255, 192\], not \[256, 192\]"),
         ((7, "w2", "weight"), lambda t: t.T.contiguous(), r"experts.7.w2.weight has shape \[128, 384\], not \[384, 128\]"),
         ((7, "w2", "scale"), lambda t: t[:, :-1], r"experts.7.w2.scale has shape \[384, 7\], not \[384, 8\]"),
     ],
-    ids=["NaN w1", "NaN w2", "not a power of two", "negative", "float64 scale", "bf16 weight", "fp8 weight", "short weight", "transposed", "short scale"],
+    ids=[
+        "NaN w1",
+        "NaN w2",
+        "not a power of two",
+        "negative",
+        "float64 scale",
+        "bf16 weight",
+        "fp8 weight",
+        "short weight",
+        "transposed",
+        "short scale",
+    ],
 )
 @pytest.mark.parametrize("place", ["one_gpu", "ep8"])
 def test_bad_tensors_are_refused(place, key, change, sentence, checkpoint, request):
@@ -257,7 +283,9 @@ def wide(checkpoint: stock.Checkpoint) -> stock.Checkpoint:
     name = NAME.format(3, "w2", "scale")
     scale = checkpoint.tensors[name].view(torch.uint8).clone()
     scale[[1, 9], 0], scale[[1, 9], 1] = 111, 123
-    return stock.Checkpoint(checkpoint.tensors | {name: scale.view(torch.float8_e8m0fnu)}, checkpoint.gate, checkpoint.bias, checkpoint.shared)
+    return stock.Checkpoint(
+        checkpoint.tensors | {name: scale.view(torch.float8_e8m0fnu)}, checkpoint.gate, checkpoint.bias, checkpoint.shared
+    )
 
 
 def test_inexact_rows_are_refused_and_counted(model, checkpoint):
@@ -269,7 +297,11 @@ def test_inexact_rows_are_refused_and_counted(model, checkpoint):
         finish(layer)
 
 
-@pytest.mark.parametrize("environ", [{"HOPPER_MOE_KERNEL": "reference"}, {"HOPPER_MOE_KERNEL": "mxfp4_mega", "HOPPER_MOE_INEXACT_ROWS": "reference"}], ids=str)
+@pytest.mark.parametrize(
+    "environ",
+    [{"HOPPER_MOE_KERNEL": "reference"}, {"HOPPER_MOE_KERNEL": "mxfp4_mega", "HOPPER_MOE_INEXACT_ROWS": "reference"}],
+    ids=str,
+)
 def test_inexact_rows_run_on_the_reference_if_asked(model, checkpoint, environ, monkeypatch):
     from hopper_moe.quantization import sglang_method
 

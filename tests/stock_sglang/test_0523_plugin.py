@@ -34,9 +34,18 @@ def test_every_seam_is_as_pinned(tables):
 
 
 def test_a_changed_or_missing_seam_is_noticed():
-    table = {"sglang.srt.layers.moe.mega_moe.run_mega_routed_experts": "experts x", "sglang.srt.no_such_module.f": "", "sglang.srt.layers.moe.mega_moe.g": ""}
+    table = {
+        "sglang.srt.layers.moe.mega_moe.run_mega_routed_experts": "experts x",
+        "sglang.srt.no_such_module.f": "",
+        "sglang.srt.layers.moe.mega_moe.g": "",
+    }
     problems = seams.check(table)
-    assert len(problems) == 3 and "takes (experts hidden_states" in problems[0] and "is missing" in problems[1] and "is missing" in problems[2]
+    assert (
+        len(problems) == 3
+        and "takes (experts hidden_states" in problems[0]
+        and "is missing" in problems[1]
+        and "is missing" in problems[2]
+    )
 
 
 def test_every_hook_is_in_place():
@@ -62,7 +71,9 @@ def test_a_changed_seam_leaves_the_name_unregistered(monkeypatch):
     assert not installed
 
 
-@pytest.mark.parametrize(("installed", "table"), [("0.5.23", "0.5.23"), ("0.5.17", "0.5.17"), ("0.5.24", "0.5.23"), ("0.5.20", None), ("0.5.9", None)])
+@pytest.mark.parametrize(
+    ("installed", "table"), [("0.5.23", "0.5.23"), ("0.5.17", "0.5.17"), ("0.5.24", "0.5.23"), ("0.5.20", None), ("0.5.9", None)]
+)
 def test_which_table_describes_a_version(installed, table):
     assert seams.pinned_version(installed) == table
 
@@ -91,7 +102,12 @@ def test_the_stock_parser_accepts_the_name_once():
         (("--tp-size", "2"), {"moe_a2a_backend": "none", "ep_size": 1}, "none", 8192),
         (("--tp-size", "8", "--ep-size", "8"), {"moe_a2a_backend": "none", "ep_size": 8}, "none", 8192),
         (("--tp-size", "8", "--attn-dp-size", "8"), {"moe_a2a_backend": "megamoe", "ep_size": 8}, "megamoe", 512),
-        (("--tp-size", "8", "--enable-dp-attention", "--dp-size", "8"), {"moe_a2a_backend": "megamoe", "ep_size": 8}, "megamoe", 512),
+        (
+            ("--tp-size", "8", "--enable-dp-attention", "--dp-size", "8"),
+            {"moe_a2a_backend": "megamoe", "ep_size": 8},
+            "megamoe",
+            512,
+        ),
         (("--moe-a2a-backend", "megamoe"), {"moe_a2a_backend": "megamoe", "ep_size": 1}, "megamoe", 4096),
     ],
     ids=["one GPU", "TP 2", "EP 8", "EP 8 with attention DP", "older spelling", "exchange on one GPU"],
@@ -183,7 +199,11 @@ def test_only_the_draft_on_this_backend_is_refused(model):
         ({"HOPPER_MOE_KERNEL": "auto", "SGLANG_DSV4_FP4_DEQUANT": "1"}, (), "not built in this release"),
         ({"SGLANG_DSV4_FP4_DEQUANT": "1"}, (), "contradict each other"),
         ({"HOPPER_MOE_INEXACT_ROWS": "round"}, (), "'round' is not a rule for inexact rows"),
-        ({"HOPPER_MOE_KERNEL": "mxfp4_mega"}, ("--tp-size", "8", "--moe-a2a-backend", "megamoe"), "with 8 ranks needs a kernel that exchanges tokens itself"),
+        (
+            {"HOPPER_MOE_KERNEL": "mxfp4_mega"},
+            ("--tp-size", "8", "--moe-a2a-backend", "megamoe"),
+            "with 8 ranks needs a kernel that exchanges tokens itself",
+        ),
         (
             {"HOPPER_MOE_KERNEL": "mxfp4_mega", "HOPPER_MOE_INEXACT_ROWS": "reference"},
             ("--cuda-graph-backend-decode", "full"),
@@ -202,7 +222,11 @@ def test_environments_that_are_refused(model, environ, argv, sentence):
     ("dtype", "changes", "sentence"),
     [
         ("F8_E4M3", {}, "experts are FP8, and the FP8 kernel .* is not built"),
-        ("I8", {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "quantization_config": None}, "not LlamaForCausalLM"),
+        (
+            "I8",
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "quantization_config": None},
+            "not LlamaForCausalLM",
+        ),
         ("I8", {"hidden_size": 4160}, "hidden_size 4160 is not a positive multiple of 128"),
         ("I8", {"moe_intermediate_size": 192}, "intermediate_size 192 is not a positive multiple of 128"),
         ("I8", {"num_experts_per_tok": 17, "n_routed_experts": 32}, "top_k 17 is outside 1..16"),

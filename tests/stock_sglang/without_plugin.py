@@ -1,4 +1,5 @@
-"""Run with SGLANG_PLUGINS naming another plugin: prints as JSON what stock SGLang does when ours is not there. Argument: a model folder."""
+"""Run with SGLANG_PLUGINS naming another plugin: prints as JSON what stock SGLang does when ours is not there. Argument: a model
+folder."""
 
 import contextlib
 import io

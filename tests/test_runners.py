@@ -1,0 +1,103 @@
+"""One layer behind the `ExpertRunner` interface: as the quant method hands it over, on the CPU and (marked) on one Hopper GPU.
+
+Needs no SGLang: `pack_layer` works on any module with the four checkpoint parameters.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layer_data import Layer, make_layer
+
+from hopper_moe.kernels import reference
+from hopper_moe.kernels.reference_weights import Mxfp4Experts
+from hopper_moe.moe_backends.base import ExpertShard
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.registry import create_runner
+from hopper_moe.quantization.sglang_loading import CHECKPOINT_PARAMETERS, PACKED_PARAMETERS, pack_layer
+
+LIMIT = 2.0
+ROUNDING = 0.1  # relative error that E4M3 activations may make; 0.05 is usual
+SIZES = {"num_experts": 8, "hidden_size": 640, "intermediate_size": 384}
+
+
+def module_of(weights: tuple[torch.Tensor, ...], experts: slice, device: str) -> torch.nn.Module:
+    """What SGLang's loader leaves behind on a rank that holds `experts`."""
+    module = torch.nn.Module()
+    for name, tensor in zip(CHECKPOINT_PARAMETERS, weights, strict=True):
+        dtype = torch.float8_e8m0fnu if "scale" in name else torch.int8
+        data = tensor[experts].clone().to(device).view(torch.uint8).view(dtype)
+        module.register_parameter(name, torch.nn.Parameter(data, requires_grad=False))
+    module.num_local_experts = module.w13_weight.shape[0]
+    return module
+
+
+def shard_of(layer: Layer, module: torch.nn.Module, first_expert: int) -> ExpertShard:
+    return ExpertShard(
+        num_experts=SIZES["num_experts"],
+        first_expert=first_expert,
+        num_local_experts=module.num_local_experts,
+        top_k=layer.topk_ids.shape[1],
+        hidden_size=SIZES["hidden_size"],
+        intermediate_size=SIZES["intermediate_size"],
+        swiglu_limit=LIMIT,
+        max_tokens_per_rank=64,
+    )
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double().cpu() - wanted).norm() / wanted.norm())
+
+
+def run_in_shards(kernel: str, seed: int, device: str, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum over ranks of the kernel's partial results, FP64 result of the whole layer with activations that are not
+    quantised)."""
+    layer = make_layer(seed, num_tokens=33, **SIZES)
+    layer.topk_ids[5] = -1
+    total = torch.zeros(layer.x.shape, dtype=torch.float64)
+    per_rank = SIZES["num_experts"] // ranks
+    for rank in range(ranks):
+        module = module_of(layer.weights, slice(rank * per_rank, (rank + 1) * per_rank), device)
+        packed = pack_layer(module)
+        assert all(getattr(module, name).is_cuda == (device == "cuda") for name in PACKED_PARAMETERS)
+        assert not any(getattr(module, name).numel() for name in CHECKPOINT_PARAMETERS), "the originals are freed"
+        runner = create_runner(kernel)
+        runner.prepare(packed, shard_of(layer, module, rank * per_rank))
+        given = layer.x.to(device), layer.topk_ids.to(device, torch.int32), layer.topk_weights.to(device)
+        y = runner.run(*given)
+        assert y.dtype is torch.bfloat16 and y.data_ptr() != given[0].data_ptr() and not y[5].any()
+        assert runner.run(*(t[:0] for t in given)).shape == (0, SIZES["hidden_size"])
+        total += y.double().cpu()
+    experts = Mxfp4Experts(*layer.weights)
+    return total, reference.exact(layer.x, layer.topk_ids, layer.topk_weights, experts, swiglu_limit=LIMIT)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_reference_runner_on_the_cpu(seed, ranks):
+    assert relative_error(*run_in_shards("reference", seed, "cpu", ranks)) < ROUNDING
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_reference_kernel_serves_a_layer_on_the_gpu(seed, ranks):
+    assert relative_error(*run_in_shards("reference", seed, "cuda", ranks)) < ROUNDING
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_fused_kernel_serves_the_same_layer_on_the_gpu(seed, ranks):
+    total, wanted = run_in_shards("mxfp4_mega", seed, "cuda", ranks)
+    assert relative_error(total, wanted) < ROUNDING
+    reference_total, _ = run_in_shards("reference", seed, "cuda", ranks)
+    assert relative_error(total, reference_total) < 1e-2, (
+        "same roundings; FP32 sums may move a few values to the next E4M3 number"
+    )
+
+
+def test_experts_of_another_layer_are_refused(seed):
+    layer = make_layer(seed, num_tokens=1, **SIZES)
+    module = module_of(layer.weights, slice(0, 4), "cpu")
+    packed = pack_layer(module)
+    module.num_local_experts = 8
+    with pytest.raises(Refusal, match="4 experts of 640 x 384 were packed for a layer of 8 of 640 x 384"):
+        create_runner("reference").prepare(packed, shard_of(layer, module, 0))
