@@ -1,0 +1,1 @@
+"""The tiny DeepSeek-V4 model: shape, tokenizer, training on a CPU, export."""
