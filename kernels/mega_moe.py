@@ -16,11 +16,19 @@ if TYPE_CHECKING:
 
 # Order of the byte offsets that the library's workspace_layout returns (struct Workspace in csrc/layout.cuh).
 _WORKSPACE_FIELDS = (
-    "epoch", "exit_count", "expert_count", "x_ready", "h_ready", "group_done", "control_bytes", "slot_list", "x", "x_scale", "topk_ids",
+    "epoch", "exit_count", "expert_count", "x_ready", "h_ready", "group_done", "group_claimed", "control_bytes", "slot_list", "x", "x_scale", "topk_ids",
     "topk_weights", "combine", "pool_x", "pool_x_scale", "pool_weight", "pool_slot", "pool_h", "pool_h_scale", "num_bytes",
 )  # fmt: skip
 MAX_EXPERTS = 400  # kMaxExperts in csrc/layout.cuh: what the table in shared memory holds
 MAX_CAPACITY_SLOTS = 1 << 24  # a slot number shares 32 bits with the rank
+
+
+def workspace_bytes(
+    *, num_tokens_capacity: int, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, num_local_experts: int
+) -> int:
+    """Bytes of device memory that a `MegaMoE` of these sizes takes besides the weights. Compiles the library if need be; needs no GPU."""
+    shape = [hidden_size, intermediate_size, top_k, num_experts, num_local_experts, 0, 1, 0, num_tokens_capacity]
+    return int(jit.load("mega_moe")["workspace_layout"](shape)[_WORKSPACE_FIELDS.index("num_bytes")])
 
 
 class MegaMoE:

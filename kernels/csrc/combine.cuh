@@ -57,14 +57,51 @@ __device__ inline void combine_unit(const MegaMoeParams& p, const CombineGroup& 
   *reinterpret_cast<uint4*>(p.y + int64_t{token} * s.hidden + column) = out;
 }
 
-// All units of a group, shared out over `num_workers` warps, after waiting for the group.
-__device__ inline void combine_group(const MegaMoeParams& p, const TaskList& tasks, const uint32_t* group_done, int index, int worker,
-                                     int num_workers, int lane) {
-  const CombineGroup group(p, tasks, index);
-  if (worker >= group.num_units) return;
-  if (lane == 0) ptx::wait_at_least(group_done + index, group.target);
-  __syncwarp();
-  for (int unit = worker; unit < group.num_units; unit += num_workers) combine_unit(p, group, unit, lane);
-}
+// Units are claimed, kClaim at a time, by whichever warp is free: service warps while tiles are on their way, every warp at the end.
+class Combiner {
+ public:
+  static constexpr int kClaim = 4;
+
+  __device__ Combiner(const MegaMoeParams& p, const TaskList& tasks, int lane, uint32_t parity)
+      : p_(p), tasks_(tasks), lane_(lane), done_(p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups()),
+        claimed_(p.local<uint32_t>(p.ws.group_claimed) + parity * p.shape.num_column_groups()) {}
+
+  __device__ __forceinline__ bool finished() const { return group_ == p_.shape.num_column_groups(); }
+
+  // Combines up to kClaim units of the first group with any left. False: its L2 tasks are still running (never with `wait`) or all is done.
+  __device__ __forceinline__ bool step(bool wait) {
+    if (finished()) return false;
+    const CombineGroup group(p_, tasks_, group_);
+    if (!ready_) {
+      if (wait) {
+        if (lane_ == 0) ptx::wait_at_least(done_ + group_, group.target);
+        __syncwarp();
+      } else if (!__all_sync(~0u, ptx::load_acquire_gpu(done_ + group_) >= group.target)) {
+        return false;
+      }
+      ready_ = true;
+    }
+    uint32_t first = 0;
+    if (lane_ == 0) first = atomicAdd(claimed_ + group_, kClaim);
+    first = __shfl_sync(~0u, first, 0);
+    if (first >= static_cast<uint32_t>(group.num_units)) {
+      ++group_;
+      ready_ = false;
+      return true;
+    }
+    const int last = min(static_cast<int>(first) + kClaim, group.num_units);
+    for (int unit = first; unit < last; ++unit) combine_unit(p_, group, unit, lane_);
+    return true;
+  }
+
+ private:
+  const MegaMoeParams& p_;
+  const TaskList& tasks_;
+  const int lane_;
+  const uint32_t* done_;
+  uint32_t* claimed_;
+  int group_ = 0;
+  bool ready_ = false;
+};
 
 }  // namespace hopper_moe

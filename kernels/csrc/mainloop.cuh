@@ -11,11 +11,6 @@ namespace hopper_moe {
 
 struct MathThread {
   int warpgroup, warp, lane;    // warp: 0..3 in the warpgroup
-
-  // The two warpgroups take turns: left alone they fall into step, decode at the same time and then wait for the tensor cores at the same
-  // time. Whoever has the turn uses the contended unit (narrow tiles: the integer pipe that decodes; wide ones: the tensor cores).
-  __device__ __forceinline__ void wait_turn() const { ptx::named_barrier_sync(1 + warpgroup, 256); }
-  __device__ __forceinline__ void pass_turn() const { ptx::named_barrier_arrive(2 - warpgroup, 256); }
 };
 
 template <int N>
@@ -96,10 +91,8 @@ class MainLoop {
 
   // Of an odd last stage the second half holds stale bytes: decoded, never multiplied.
   __device__ __forceinline__ void decode_stage(uint32_t (&a)[2][16]) const {
-    me_.wait_turn();
     decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
     decode_unit(a[1], unit(ring_.data(cursor_.stage), 1), me_.warp, me_.lane);
-    me_.pass_turn();
   }
 
   template <int kNum, typename LastStage>
@@ -124,9 +117,18 @@ class MainLoop {
     release(at);
   }
 
-  // One chunk a stage. L1 sums two chunks per scale group: the second multiply is queued behind the first without draining it.
+  // One chunk a stage.
   template <typename LastStage>
   __device__ __forceinline__ void run_wide(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
+    if constexpr (kL1) {
+      run_wide_l1(sum, num_chunks);
+    } else {
+      run_wide_l2(sum, num_chunks, last_stage);
+    }
+  }
+
+  // Two chunks per scale group: the second multiply is queued behind the first without draining it.
+  __device__ __forceinline__ void run_wide_l1(float (&sum)[N / 2], int num_chunks) {
     uint32_t a[2][16];
     float d[N / 2];
     const int limit = opaque(num_chunks);
@@ -135,55 +137,60 @@ class MainLoop {
     int chunk = 0;
     for (; chunk + 1 < num_chunks; chunk += 2) {
       const StageCursor first = cursor_;
-      const uint32_t first_data = ring_.data(first.stage);
-      me_.wait_turn();
       ptx::wgmma_fence();
-      multiply_chunk<N>(d, a[0], tile(first_data, 0), false);
+      multiply_chunk<N>(d, a[0], tile(ring_.data(first.stage), 0), false);
       ptx::wgmma_commit();
-      if constexpr (!kL1) me_.pass_turn();
       cursor_.advance();
       const StageCursor second = cursor_;
-      const uint32_t second_data = ring_.data(second.stage);
+      const uint32_t data = ring_.data(second.stage);
       if (chunk + 1 < limit) {
         wait_full(second);
-        decode_unit(a[1], unit(second_data, 0), me_.warp, me_.lane);
-      }
-      if constexpr (!kL1) {
-        ptx::wgmma_wait<0>();
-        promote<N>(sum, d, first_data + stage_scales(N), me_.lane);
-        release(first);
-        me_.wait_turn();
+        decode_unit(a[1], unit(data, 0), me_.warp, me_.lane);
       }
       ptx::wgmma_fence();
-      multiply_chunk<N>(d, a[1], tile(second_data, 0), kL1);
+      multiply_chunk<N>(d, a[1], tile(data, 0), true);
       ptx::wgmma_commit();
-      me_.pass_turn();
       cursor_.advance();
-      if constexpr (kL1) {
-        ptx::wgmma_wait<1>();
-        release(first);
-      }
+      ptx::wgmma_wait<1>();
+      release(first);
       if (chunk + 2 < num_chunks) {
         wait_full(cursor_);
         decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
       }
       ptx::wgmma_wait<0>();
-      promote<N>(sum, d, second_data + stage_scales(N), me_.lane);
-      if (chunk + 2 == num_chunks) last_stage(second_data);
+      promote<N>(sum, d, data + stage_scales(N), me_.lane);
       release(second);
     }
     if (chunk < num_chunks) {
       const StageCursor at = cursor_;
-      const uint32_t data = ring_.data(at.stage);
-      me_.wait_turn();
       ptx::wgmma_fence();
-      multiply_chunk<N>(d, a[0], tile(data, 0), false);
+      multiply_chunk<N>(d, a[0], tile(ring_.data(at.stage), 0), false);
       ptx::wgmma_commit();
-      me_.pass_turn();
+      cursor_.advance();
+      ptx::wgmma_wait<0>();
+      promote<N>(sum, d, ring_.data(at.stage) + stage_scales(N), me_.lane);
+      release(at);
+    }
+  }
+
+  // One chunk per scale group. Fragments are decoded after the sum is promoted, not during the multiply: one set of registers less, or it
+  // spills; the other warpgroup's multiply fills the gap.
+  template <typename LastStage>
+  __device__ __forceinline__ void run_wide_l2(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
+    uint32_t a[16];
+    float d[N / 2];
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+      const StageCursor at = cursor_;
+      const uint32_t data = ring_.data(at.stage);
+      wait_full(at);
+      decode_unit(a, unit(data, 0), me_.warp, me_.lane);
+      ptx::wgmma_fence();
+      multiply_chunk<N>(d, a, tile(data, 0), false);
+      ptx::wgmma_commit();
       cursor_.advance();
       ptx::wgmma_wait<0>();
       promote<N>(sum, d, data + stage_scales(N), me_.lane);
-      last_stage(data);
+      if (chunk + 1 == num_chunks) last_stage(data);
       release(at);
     }
   }

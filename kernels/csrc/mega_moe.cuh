@@ -12,8 +12,8 @@ constexpr int kNumThreads = 32 * kNumWarps;
 // setmaxnreg shares out what the CTA got at launch, a multiple of 8 a thread; asking for more waits for ever.
 static_assert(32 * (kMathWarps * kMathRegisters + (kNumWarps - kMathWarps) * kOtherRegisters) <= 65536 / kNumThreads / 8 * 8 * kNumThreads);
 
-// Who a warp is: warpgroups 0 and 1 multiply, the third moves data and runs the epilogue.
-constexpr int kWeightWarp = kMathWarps, kActivationWarp = kWeightWarp + 1, kFirstServiceWarp = kActivationWarp + 1;
+// Who a warp is: warpgroups 0 and 1 multiply; of the third, two warps run the epilogue, one streams weights and one activations.
+constexpr int kFirstProducerWarp = kMathWarps + kServiceWarps;
 
 // Counters of the other parity are the next launch's: whoever used them has finished. `thread` of `num_threads` over the whole grid.
 __device__ inline void clear_next_counters(const MegaMoeParams& p, uint32_t parity, int thread, int num_threads) {
@@ -26,6 +26,7 @@ __device__ inline void clear_next_counters(const MegaMoeParams& p, uint32_t pari
   clear(p.ws.x_ready, p.shape.max_blocks());
   clear(p.ws.h_ready, p.shape.max_blocks());
   clear(p.ws.group_done, p.shape.num_column_groups());
+  clear(p.ws.group_claimed, p.shape.num_column_groups());
 }
 
 __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_constant__ MegaMoeParams p) {
@@ -43,33 +44,33 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
   const uint32_t parity = __ldcg(p.local<uint32_t>(p.ws.epoch)) & 1;
   build_expert_table(smem.experts, p, parity);   // ends with __syncthreads
   const TaskList tasks(smem.experts, p);
-  const uint32_t* group_done = p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups();
-  // When nothing is left but the last columns, every warp helps to combine them.
-  const int last_group = p.shape.num_column_groups() - 1, worker = blockIdx.x + warp * gridDim.x, num_workers = kNumWarps * gridDim.x;
   // Rows are dispatched before the first product by all that would otherwise wait for them; the weights are on their way meanwhile.
-  const int num_dispatchers = (kMathWarps + kServiceWarps) * gridDim.x;
+  const int worker = blockIdx.x + warp * gridDim.x, num_dispatchers = (kMathWarps + kServiceWarps) * gridDim.x;
 
   if (warp < kMathWarps) {
     ptx::set_max_registers_up<kMathRegisters>();
-    dispatch(p, smem.experts, parity, worker, num_dispatchers, lane);
+    dispatch<8>(p, smem.experts, parity, worker, num_dispatchers, lane);
     MathContext c{p, smem, ring, tile, {warp / 4, warp % 4, lane}};
     run_math(c, warp_uniform(tasks.num_tasks));
-    combine_group(p, tasks, group_done, last_group, worker, num_workers, lane);
+    Combiner combiner(p, tasks, lane, parity);
+    while (!combiner.finished()) combiner.step(true);
   } else {
     ptx::set_max_registers_down<kOtherRegisters>();
-    if (warp == kWeightWarp) {
-      if (lane == 0) produce_weights(p, smem.experts, tasks, ring);
-    } else if (warp == kActivationWarp) {
-      if (lane == 0) produce_activations(p, smem.experts, tasks, ring, parity);
-    } else {
-      const int part = warp - kFirstServiceWarp;
-      dispatch(p, smem.experts, parity, blockIdx.x + (kMathWarps + part) * gridDim.x, num_dispatchers, lane);
-      ServiceWarp service(p, smem, tile, tasks, part, lane, parity);
-      clear_next_counters(p, parity, service.worker() * 32 + lane, service.num_workers() * 32);
-      service.run();
+    Combiner combiner(p, tasks, lane, parity);
+    if (warp < kFirstProducerWarp) {
+      const int part = warp - kMathWarps, num_threads = kServiceWarps * 32;
+      dispatch<4>(p, smem.experts, parity, worker, num_dispatchers, lane);
+      clear_next_counters(p, parity, blockIdx.x * num_threads + part * 32 + lane, gridDim.x * num_threads);
+      serve(Epilogue(p, smem, tile, part, lane, parity), combiner, p, smem, tile, tasks);
+    } else if (lane == 0) {
+      if (warp == kFirstProducerWarp) {
+        produce_weights(p, smem.experts, tasks, ring);
+      } else {
+        produce_activations(p, smem.experts, tasks, ring, parity);
+      }
     }
     __syncwarp();
-    combine_group(p, tasks, group_done, last_group, worker, num_workers, lane);
+    while (!combiner.finished()) combiner.step(true);
   }
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -106,7 +106,6 @@ __device__ __forceinline__ void run_task(MathContext& c, bool is_l1, int first_r
 }
 
 __device__ __forceinline__ void run_math(MathContext& c, int num_tasks) {
-  if (c.me.warpgroup == 1) c.me.pass_turn();   // warpgroup 0 begins
   int sequence = 0;
   for (int index = blockIdx.x; index < num_tasks; index += gridDim.x, ++sequence) {
     ptx::mbarrier_wait(c.ring.full_barrier(c.cursor.stage), c.cursor.phase);

@@ -53,14 +53,6 @@ __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
   return v;
 }
 
-// Named barrier `id` of `num_threads` threads: wait with the others, or arrive without waiting.
-__device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t num_threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
-}
-__device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t num_threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
-}
-
 // Programmatic dependent launch: wait for the grids this one depends on / let dependents start their prologue.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
