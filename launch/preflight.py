@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hopper_moe.kernels.tile_table import table_for
 from hopper_moe.launch.machine import GIB, HOPPER, Machine
 from hopper_moe.launch.model_facts import ModelFacts
 from hopper_moe.launch.sglang_args import LaunchPlan
-from hopper_moe.moe_backends.arguments import ARCHITECTURES
+from hopper_moe.moe_backends.arguments import ARCHITECTURES, DEFAULT_CAPACITY
 from hopper_moe.moe_backends.env import Settings
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import Choice, LayerShape, choose, layer_refusals
@@ -22,6 +23,7 @@ class Report:
     choice: Choice | None
     lines: tuple[str, ...]
     refusals: tuple[str, ...]
+    shape: LayerShape | None = None  # one layer as one rank holds it
 
 
 def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Settings) -> Report:
@@ -37,6 +39,7 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
         )
     refusals = shape_refusals + layer_refusals(choice.spec, shape)
     refusals += _gpu_refusals(plan, machine, choice)
+    refusals += _tile_refusals(machine, choice)
     refusals += _capacity_refusals(plan, settings) if _exchanges(plan, choice) else []
     lines = [
         f"model    {facts.architecture}: {facts.num_moe_layers} MoE layers, hidden {facts.hidden_size}, "
@@ -49,7 +52,28 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
         expert_bytes = expert_bytes_per_rank(facts, shape.ep_size, shape.intermediate_size)
         lines.append(f"memory   {expert_bytes / GIB:.2f} GiB of packed expert weights per rank")
         refusals += _memory_refusals(plan, machine, expert_bytes)
-    return Report(choice, tuple(lines), tuple(refusals))
+    return Report(choice, tuple(lines), tuple(refusals), shape)
+
+
+def workspace_line(report: Report, settings: Settings) -> str | None:
+    """What the kernel takes besides weights. Compiles it if the cache lacks it: once, before ranks could wait for each other.
+
+    Raises `Refusal` without a compiler. None for a kernel without a workspace.
+    """
+    if report.choice is None or report.choice.spec.name != "mxfp4_mega" or report.shape is None:
+        return None
+    from hopper_moe.kernels.mega_moe import workspace_bytes
+
+    shape, capacity = report.shape, settings.max_tokens_per_rank or DEFAULT_CAPACITY
+    num_bytes = workspace_bytes(
+        num_tokens_capacity=capacity,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        num_local_experts=shape.num_experts // shape.ep_size,
+    )
+    return f"memory   {num_bytes / GIB:.2f} GiB of workspace per rank, for {capacity} tokens a call; kernel compiled"
 
 
 def expert_bytes_per_rank(facts: ModelFacts, ep_size: int, intermediate_size: int) -> int:
@@ -113,6 +137,17 @@ def _gpu_refusals(plan: LaunchPlan, machine: Machine, choice: Choice) -> list[st
             f"GPUs {pairs} cannot address each other's memory, which {choice.spec.name} needs: use GPUs of one NVLink domain."
         )
     return refusals
+
+
+def _tile_refusals(machine: Machine, choice: Choice) -> list[str]:
+    """A Hopper GPU that the kernel has no tile table for stops at its first layer, so it stops here."""
+    if choice.spec.name != "mxfp4_mega" or not machine.gpus:
+        return []
+    try:
+        table_for(machine.gpus[0].name)
+    except Refusal as refusal:
+        return [str(refusal)]
+    return []
 
 
 def _capacity_refusals(plan: LaunchPlan, settings: Settings) -> list[str]:

@@ -12,7 +12,7 @@ import click
 
 from hopper_moe.launch import machine as machines
 from hopper_moe.launch.model_facts import read_model, require_complete
-from hopper_moe.launch.preflight import check
+from hopper_moe.launch.preflight import check, workspace_line
 from hopper_moe.launch.sglang_args import LaunchPlan, parse
 from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.env import settings
@@ -45,6 +45,8 @@ def serve(ctx: click.Context, model: str, dry_run: bool) -> None:
     problems = [*report.refusals, *_port_problem(plan)]
     _require_none(problems)
     require_complete(model, facts)
+    if line := workspace_line(report, settings()):
+        click.echo(f"preflight: {line}")
     if on_cpu:
         _serve_on_cpu(plan, report.choice.spec.name, dry_run)
     else:

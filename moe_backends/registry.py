@@ -35,6 +35,7 @@ class KernelSpec:
     capability: tuple[int, int] | None = None  # exact compute capability; None: any device, CPU included
     size_multiple: int = DIM_MULTIPLE  # of hidden_size and intermediate_size
     max_top_k: int = MAX_TOP_K
+    max_experts: int | None = None  # of the whole layer, redundant ones included
     capturable: bool = True  # can run inside a CUDA graph
     multi_rank: bool = False  # its runner has `run_across_ranks`: it moves tokens between ranks itself; else SGLang does
     options: frozenset[str] = frozenset()  # optional settings it implements: fp8_combine, fp4_dispatch
@@ -67,6 +68,7 @@ _SPECS = (
         "hopper_moe.moe_backends.runners.mxfp4_mega:create",
         "fp4",
         HOPPER,
+        max_experts=400,
     ),
     KernelSpec("fp8_mega", "FP8 experts, the same fused kernel", None, "fp8", HOPPER),
     KernelSpec("w4a16", "FP4 experts, BF16 activations, for small batches", None, "fp4", HOPPER),
@@ -128,6 +130,10 @@ def layer_refusals(spec: KernelSpec, layer: LayerShape) -> list[str]:
         found.append(
             f"{layer.num_experts} experts do not divide into {layer.ep_size} expert-parallel ranks: "
             "choose a size that divides them."
+        )
+    if spec.max_experts is not None and layer.num_experts > spec.max_experts:
+        found.append(
+            f"{layer.num_experts} experts are above the {spec.max_experts} that {spec.name} routes: use another MoE backend."
         )
     most = min(spec.max_top_k, max(layer.num_experts, 1))
     if not 1 <= layer.top_k <= most:

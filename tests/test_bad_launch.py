@@ -8,6 +8,7 @@ import re
 import socket
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ A100 = Gpu(1, "NVIDIA A100", (8, 0), 80 * GIB, 79 * GIB, 108, 12)
 
 
 def _gpus(count: int) -> tuple[Gpu, ...]:
-    return tuple(Gpu(index, *list(H200.__dict__.values())[1:]) for index in range(count))
+    return tuple(replace(H200, index=index) for index in range(count))
 
 
 def _write_model(folder: Path, dtype: str = "I8", **changes) -> Path:
@@ -170,7 +171,8 @@ BAD_MODELS = {
     "size is text": ({"hidden_size": "4096"}, "hidden_size='4096'"),
     "clamp negative": ({"swiglu_limit": -1}, "swiglu_limit=-1"),
     "type contradicts": ({"expert_dtype": "fp8"}, "says expert_dtype=fp8, but the expert weights are fp4"),
-    "too large": ({"num_hidden_layers": 430, "n_routed_experts": 1024}, "GiB must stay free"),
+    "too many experts": ({"n_routed_experts": 512, "moe_intermediate_size": 128}, "512 experts are above the 400"),
+    "too large": ({"num_hidden_layers": 430, "n_routed_experts": 384}, "GiB must stay free"),
 }
 
 
@@ -212,6 +214,8 @@ def test_bad_machines(refuse, tmp_path):
     model = str(_write_model(tmp_path / "model"))
     mixed = Machine((H200, A100))
     assert "needs Hopper GPUs only" in refuse(mixed, model, ["--tp-size", "2"], {})
+    unknown = Machine((replace(H200, name="NVIDIA H900"),))
+    assert "no tile table for 'NVIDIA H900'" in refuse(unknown, model, [], {})
     assert "no Hopper GPU is visible" in refuse(Machine(), model, ["--device", "cuda"], {})
     assert "here is a machine without a CUDA device" in refuse(Machine(), model, [], {"HOPPER_MOE_KERNEL": "mxfp4_mega"})
 

@@ -86,6 +86,12 @@ def test_each_wrong_size_is_one_sentence(change, said):
     assert len(refusals) == 1 and said in refusals[0] and refusals[0].endswith(".")
 
 
+def test_limit_of_experts_is_the_kernels_own():
+    from hopper_moe.kernels.mega_moe import MAX_EXPERTS
+
+    assert REGISTRY["mxfp4_mega"].max_experts == MAX_EXPERTS
+
+
 def test_unknown_runner_is_refused():
     with pytest.raises(Refusal, match="'mxfp4' is not a kernel: use one of mxfp4_mega"):
         create_runner("mxfp4")
