@@ -44,6 +44,7 @@ UNSUPPORTED = (
     ("enable_waterfill", "--enable-waterfill", "it needs the shared expert fused into the routed ones"),
     ("enable_paged_experts", "--enable-paged-experts", "it moves expert weights behind the kernel's back"),
     ("kt_weight_path", "--kt-weight-path", "it moves experts to the CPU"),
+    ("cpu_offload_gb", "--cpu-offload-gb", "it moves packed experts to the CPU"),
     ("elastic_ep_backend", "--elastic-ep-backend", "experts must stay on the ranks that packed them"),
     ("enable_w4a4_mxfp4_megamoe", "--enable-w4a4-mxfp4-megamoe", "FP4 activations need another GPU"),
 )
@@ -99,8 +100,10 @@ def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) ->
         value = getattr(args, field, None)
         if value:
             raise Refusal(f"{flag} ({value}) cannot run with --moe-runner-backend {BACKEND}, {reason}: drop one of the two.")
-    if (getattr(args, "dwdp_size", None) or 1) > 1:
-        raise Refusal(f"--dwdp-size {args.dwdp_size} replicates expert weights, which are packed here: use --dwdp-size 1.")
+    for field, flag, highest in (("dwdp_size", "--dwdp-size", 1), ("offload_group_size", "--offload-group-size", 0)):
+        value = getattr(args, field, None) or 0
+        if value > highest:
+            raise Refusal(f"{flag} {value} copies or moves expert weights behind the kernel's back: drop it.")
     if args.load_format == "dummy":
         raise Refusal(
             "--load-format dummy makes up FP4 scales that mean nothing: give a checkpoint (`hopper-moe demo` writes a small one)."

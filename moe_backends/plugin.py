@@ -15,8 +15,7 @@ logger = logging.getLogger("hopper_moe")
 
 @functools.cache
 def register() -> None:
-    """Check the installed SGLang against the pinned seams, then register hooks, name and choice. Raises `Refusal` if it
-    differs."""
+    """Check the installed SGLang against the pinned seams (`Refusal` if it differs), then register hooks, name and choice."""
     from hopper_moe.moe_backends import compat, seams, sglang_hooks
     from hopper_moe.moe_backends.errors import Refusal
 

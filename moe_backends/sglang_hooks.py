@@ -53,8 +53,7 @@ def chosen_kernel() -> KernelSpec:
 
 
 def before_resolution(server_args: Any) -> bool:
-    """Refuse what needs no model and declare the exchange. Returns whether this backend was asked for; if not, nothing was
-    touched."""
+    """Refuse what needs no model and declare the exchange. Returns whether this backend was asked for."""
     args = compat.view(server_args)
     if not arguments.is_asked_for(args):
         return False
@@ -101,8 +100,9 @@ def resolve_legacy(original: Callable[[Any], None], server_args: Any) -> None:
     asked = before_resolution(server_args)
     if asked:
         compat.declare(server_args, moe_runner_backend="auto", speculative_moe_runner_backend=None)
-        # Its default of 1024 is refused in the middle of the resolution; `after_resolution` sets what this launch needs.
-        os.environ.setdefault(STOCK_CAPACITY, str(settings().max_tokens_per_rank or MAX_CAPACITY))
+        if server_args.moe_a2a_backend == "megamoe":
+            # Its default of 1024 is refused in the middle of the resolution; `after_resolution` sets what this launch needs.
+            os.environ.setdefault(STOCK_CAPACITY, str(settings().max_tokens_per_rank or MAX_CAPACITY))
     original(server_args)
     if asked and server_args.model_path.lower() not in ("none", "dummy"):
         after_resolution(server_args)
@@ -122,22 +122,21 @@ def expert_quant_method(original: Callable[..., Any], config: Any, layer: Any, p
         return original(config, layer, prefix)
     if not config.is_fp4_experts or config.dequant_fp4_to_fp8:
         raise Refusal(f"{prefix}: these experts are FP8, which no kernel of this release serves: use --moe-runner-backend auto.")
-    take_over(plan)
+    take_over(plan.exchange)
     from hopper_moe.quantization.sglang_method import HopperMxfp4MoEMethod
 
     return HopperMxfp4MoEMethod(Fp8MoEMethod(config), prefix, REGISTRY[plan.kernel], plan)
 
 
 @functools.cache
-def take_over(plan: ServingPlan) -> None:
-    """Check the worker's seams and, for the "megamoe" exchange, put the takeovers in place. Raises `Refusal` instead of
-    half-working."""
+def take_over(exchange: str) -> None:
+    """Check the worker's seams (`Refusal` if SGLang differs) and put the takeovers of the "megamoe" exchange in place, once."""
     version = compat.table_version()
     if problems := seams.check(seams.WORKER[version]):
         raise Refusal(
             f"SGLang {compat.installed_version()} differs from {version} where hopper_moe hooks in: {'; '.join(problems)}."
         )
-    if plan.exchange != "megamoe":
+    if exchange != "megamoe":
         return
     for hook in TAKEOVERS[version]:
         module_name, _, name = hook.target.rpartition(".")

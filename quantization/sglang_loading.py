@@ -39,8 +39,7 @@ class CheckpointShape:
 
 
 class LoadLedger:
-    """Stands before a layer's `_weight_loader_impl` (the last step of every load, with the local expert number) and keeps the
-    books.
+    """Stands before a layer's `_weight_loader_impl`, the last step of every load, and keeps the books.
 
     Args:
         layer: FusedMoE with the four checkpoint parameters created.
@@ -59,8 +58,10 @@ class LoadLedger:
     def load(
         self, param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
     ) -> None:
-        """Check one tensor of one local expert, note it, and store it as SGLang would. Raises `Refusal` naming tensor, expert and
-        value."""
+        """Check one tensor of local expert `expert_id`, note it, and store it as SGLang would.
+
+        Raises `Refusal` naming tensor, expert and value.
+        """
         parameter = next((name for name in CHECKPOINT_PARAMETERS if getattr(self._layer, name) is param), None)
         if parameter is None or shard_id not in _SHARDS[parameter]:
             raise Refusal(

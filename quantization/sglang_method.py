@@ -1,5 +1,4 @@
-"""SGLang's quant method for FP4 experts: parameters in the checkpoint's own types, packed once after loading, then one kernel
-call."""
+"""SGLang's quant method for FP4 experts: parameters in the checkpoint's types, packed once after loading, then one kernel call."""
 
 from __future__ import annotations
 
@@ -229,8 +228,7 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         return torch.cat([self._runner.run(*piece) for piece in pieces])
 
     def _global_ids(self, layer: torch.nn.Module, topk_ids: torch.Tensor) -> torch.Tensor:
-        """What the dispatcher passed on, as global ids: its ids are local (-1: not here) unless it was told to leave them
-        alone."""
+        """What the dispatcher passed on, as global ids: it makes them local (-1: not here) unless it was told not to."""
         ids = topk_ids.to(torch.int32)
         if layer.moe_ep_size == 1 or layer.dispatcher.skip_local_expert_mapping:
             return ids

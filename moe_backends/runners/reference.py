@@ -1,5 +1,4 @@
-"""Kernel `reference`: the executable definition of the layer, in plain torch, on any device. Slow; cannot be captured in a CUDA
-graph."""
+"""Kernel `reference`: the executable definition of the layer in plain torch, on any device. Slow; no CUDA graphs."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ class ReferenceRunner:
     def run_across_ranks(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        """`run`, but complete: tokens visit the experts of every rank of `group`. All ranks must call it, those without tokens
-        too.
+        """`run`, but complete: tokens visit the experts of every rank of `group`. Ranks without tokens must call it too.
 
         Every rank sees all tokens and computes the slots of its own experts; a slot is non-zero on one rank only, so the FP32 sum
         over ranks is exact and the result has the bits of a single rank holding all experts. Returns bf16 [num_tokens, H] of this

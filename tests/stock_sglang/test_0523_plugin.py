@@ -169,6 +169,8 @@ EP8 = ("--tp-size", "8", "--attn-dp-size", "8")
         (("--enable-waterfill",), "--enable-waterfill .* shared expert"),
         (("--enable-paged-experts",), "--enable-paged-experts .* moves expert weights"),
         (("--kt-weight-path", "/x"), "--kt-weight-path .* CPU"),
+        (("--cpu-offload-gb", "8"), "--cpu-offload-gb .* CPU"),
+        (("--offload-group-size", "4"), "--offload-group-size 4 copies or moves"),
         (("--elastic-ep-backend", "mooncake"), "--elastic-ep-backend .* packed"),
         (("--load-format", "dummy"), "--load-format dummy"),
         (("--quantization", "modelopt_fp4"), "--quantization modelopt_fp4 is not how"),
