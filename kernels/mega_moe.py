@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Order of the byte offsets that the library's workspace_layout returns (struct Workspace in csrc/layout.cuh).
 _WORKSPACE_FIELDS = (
-    "epoch", "exit_count", "expert_count", "x_ready", "h_ready", "group_done", "group_claimed", "control_bytes", "slot_list", "x", "x_scale", "topk_ids",
+    "epoch", "exit_count", "expert_count", "x_ready", "h_ready", "group_done", "group_claimed", "next_task", "control_bytes", "slot_list", "x", "x_scale", "topk_ids",
     "topk_weights", "combine", "pool_x", "pool_x_scale", "pool_weight", "pool_slot", "pool_h", "pool_h_scale", "num_bytes",
 )  # fmt: skip
 MAX_EXPERTS = 400  # kMaxExperts in csrc/layout.cuh: what the table in shared memory holds

@@ -40,7 +40,7 @@ void launch(void (*kernel)(Params), const Params& params, int num_blocks, int nu
 // Byte offsets in the order of the Workspace struct's members, the total last.
 tvm::ffi::Array<int64_t> workspace_layout(tvm::ffi::Array<int64_t> shape) {
   const Workspace w(to_shape(shape));
-  return {w.epoch, w.exit_count, w.expert_count, w.x_ready, w.h_ready, w.group_done, w.group_claimed, w.control_bytes, w.slot_list, w.x, w.x_scale,
+  return {w.epoch, w.exit_count, w.expert_count, w.x_ready, w.h_ready, w.group_done, w.group_claimed, w.next_task, w.control_bytes, w.slot_list, w.x, w.x_scale,
           w.topk_ids, w.topk_weights, w.combine, w.pool_x, w.pool_x_scale, w.pool_weight, w.pool_slot, w.pool_h, w.pool_h_scale, w.num_bytes};
 }
 

@@ -26,53 +26,59 @@ struct PoolRow {
   }
 };
 
-// All rows, expert by expert as the products need them, shared out over `num_workers` warps of the grid. kInFlight 16-byte loads a lane
-// hide the latency; a row is counted as ready only after the next row's loads are on their way, since the release waits for its stores.
+// One warp copies one row. kInFlight 16-byte loads a lane hide the latency.
 template <int kInFlight>
-__device__ inline void dispatch(const MegaMoeParams& p, const ExpertTable& table, uint32_t parity, int worker, int num_workers, int lane) {
+__device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const ExpertTable& table, uint32_t* x_ready, int index, int lane) {
   const Shape& s = p.shape;
-  uint32_t* x_ready = p.local<uint32_t>(p.ws.x_ready) + parity * s.max_blocks();
-  const int num_rows = table.slot_base[s.num_local_experts], groups = s.num_scale_groups(), num_chunks = s.hidden / 16;
-  uint32_t* stored = nullptr;
-  auto count_stored = [&] {
-    __syncwarp();
-    if (stored != nullptr && lane == 0) ptx::red_add_release_gpu(stored, 1);
-  };
-  for (int index = worker; index < num_rows; index += num_workers) {
-    const PoolRow to(p, table, index);
-    const int token = to.slot / s.top_k;
-    const uint8_t* source = p.peer<uint8_t>(to.rank, p.ws.x) + int64_t{token} * s.hidden;
-    uint8_t* pool = p.local<uint8_t>(p.ws.pool_x) + int64_t{to.block_row} * s.hidden;
-    float scale = 0.f;
-    if (lane < groups) scale = __ldcg(p.peer<float>(to.rank, p.ws.x_scale) + int64_t{token} * groups + lane);
-    const float weight = __ldcg(p.peer<float>(to.rank, p.ws.topk_weights) + to.slot);
-    for (int first = 0; first < num_chunks; first += 32 * kInFlight) {
-      uint4 v[kInFlight];
+  const int groups = s.num_scale_groups(), num_chunks = s.hidden / 16;
+  const PoolRow to(p, table, index);
+  const int token = to.slot / s.top_k;
+  const uint8_t* source = p.peer<uint8_t>(to.rank, p.ws.x) + int64_t{token} * s.hidden;
+  uint8_t* pool = p.local<uint8_t>(p.ws.pool_x) + int64_t{to.block_row} * s.hidden;
+  const float* source_scale = p.peer<float>(to.rank, p.ws.x_scale) + int64_t{token} * groups;
+  float scale = 0.f;
+  if (lane < groups) scale = __ldcg(source_scale + lane);
+  const float weight = __ldcg(p.peer<float>(to.rank, p.ws.topk_weights) + to.slot);
+  for (int first = 0; first < num_chunks; first += 32 * kInFlight) {
+    uint4 v[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int chunk = first + i * 32 + lane;
-        if (chunk < num_chunks) v[i] = ptx::load_l2(source + chunk * 16);
-      }
-      if (first == 0) count_stored();
+    for (int i = 0; i < kInFlight; ++i) {
+      const int chunk = first + i * 32 + lane;
+      if (chunk < num_chunks) v[i] = ptx::load_l2(source + chunk * 16);
+    }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int chunk = first + i * 32 + lane;
-        if (chunk < num_chunks) *reinterpret_cast<uint4*>(pool + int64_t{chunk / 8} * to.tile * kUnitK + swizzled(to.row, chunk % 8)) = v[i];
-      }
+    for (int i = 0; i < kInFlight; ++i) {
+      const int chunk = first + i * 32 + lane;
+      if (chunk < num_chunks) *reinterpret_cast<uint4*>(pool + int64_t{chunk / 8} * to.tile * kUnitK + swizzled(to.row, chunk % 8)) = v[i];
     }
-    float* pool_scale = p.local<float>(p.ws.pool_x_scale) + int64_t{to.block_row} * groups;
-    if (lane < groups) pool_scale[lane * to.tile + to.row] = scale;
-    for (int group = lane + 32; group < groups; group += 32) {
-      pool_scale[group * to.tile + to.row] = __ldcg(p.peer<float>(to.rank, p.ws.x_scale) + int64_t{token} * groups + group);
-    }
-    if (lane == 0) {
-      p.local<float>(p.ws.pool_weight)[to.block_row + to.row] = weight;
-      p.local<uint32_t>(p.ws.pool_slot)[to.block_row + to.row] = static_cast<uint32_t>(to.rank) << 24 | static_cast<uint32_t>(to.slot);
-    }
-    ptx::fence_async_global();   // the rows are read by bulk copies
-    stored = x_ready + to.block;
   }
-  count_stored();
+  float* pool_scale = p.local<float>(p.ws.pool_x_scale) + int64_t{to.block_row} * groups;
+  if (lane < groups) pool_scale[lane * to.tile + to.row] = scale;
+  for (int group = lane + 32; group < groups; group += 32) pool_scale[group * to.tile + to.row] = __ldcg(source_scale + group);
+  if (lane == 0) {
+    p.local<float>(p.ws.pool_weight)[to.block_row + to.row] = weight;
+    p.local<uint32_t>(p.ws.pool_slot)[to.block_row + to.row] = static_cast<uint32_t>(to.rank) << 24 | static_cast<uint32_t>(to.slot);
+  }
+  ptx::fence_async_global();   // the rows are read by bulk copies
+  __syncwarp();
+  if (lane == 0) ptx::red_add_release_gpu(x_ready + to.block, 1);
+}
+
+// Rows are dispatched in the order the products need them. The first ones by all warps that would otherwise wait for them (the weights are on
+// their way meanwhile), the rest by the service warps while the products run.
+constexpr int kFirstRowsPerCta = 40;
+
+struct DispatchPlan {
+  int num_rows, num_first;
+  __device__ DispatchPlan(const MegaMoeParams& p, const ExpertTable& table)
+      : num_rows(table.slot_base[p.shape.num_local_experts]), num_first(min(num_rows, kFirstRowsPerCta * static_cast<int>(gridDim.x))) {}
+};
+
+template <int kInFlight>
+__device__ __forceinline__ void dispatch_first(const MegaMoeParams& p, const ExpertTable& table, uint32_t* x_ready, int worker, int num_workers,
+                                               int lane) {
+  const DispatchPlan plan(p, table);
+  for (int row = worker; row < plan.num_first; row += num_workers) dispatch_row<kInFlight>(p, table, x_ready, row, lane);
 }
 
 }  // namespace hopper_moe

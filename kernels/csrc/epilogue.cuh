@@ -44,7 +44,7 @@ class Epilogue {
     const int tile = task.block.tile;
     uint8_t* out = p_.local<uint8_t>(p_.ws.pool_h) + int64_t{task.block.row} * p_.shape.intermediate + task.tile * tile * kUnitK;
     float* scales = p_.local<float>(p_.ws.pool_h_scale) + int64_t{task.block.row} * p_.shape.num_features_tiles() + task.tile * tile;
-#pragma unroll 2
+#pragma unroll 4
     for (int row = first + lane_ / 16; row < last; row += 2) {
       const uint4 v = load(row);
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -64,13 +64,18 @@ class Epilogue {
   }
 
   __device__ __forceinline__ void store_rows(const Task& task, int first, int last) const {
-    const uint32_t* slots = p_.local<uint32_t>(p_.ws.pool_slot) + task.block.row;
+    const uint32_t* slots = p_.local<uint32_t>(p_.ws.pool_slot) + task.block.row + first + lane_;
     const int column = task.tile * kRowTile + lane_ % 16 * 8;
+    for (int begin = first; begin < last; begin += 32, slots += 32) {
+      const uint32_t mine = begin + lane_ < last ? __ldcg(slots) : 0;
 #pragma unroll 4
-    for (int row = first + lane_ / 16; row < last; row += 2) {
-      const uint32_t slot = __ldcg(slots + row);
-      uint16_t* out = p_.peer<uint16_t>(slot >> 24, p_.ws.combine) + int64_t{slot & 0xFFFFFFu} * p_.shape.hidden + column;
-      *reinterpret_cast<uint4*>(out) = load(row);
+      for (int i = 0; i < 16; ++i) {
+        const int row = begin + 2 * i + lane_ / 16;
+        const uint32_t slot = __shfl_sync(~0u, mine, row - begin);
+        if (row >= last) continue;
+        uint16_t* out = p_.peer<uint16_t>(slot >> 24, p_.ws.combine) + int64_t{slot & 0xFFFFFFu} * p_.shape.hidden + column;
+        *reinterpret_cast<uint4*>(out) = load(row);
+      }
     }
   }
 

@@ -52,6 +52,7 @@ struct Workspace {
   int64_t h_ready;          // u32 [2][max_blocks]: (L1 task, service warp) pairs finished
   int64_t group_done;       // u32 [2][column groups]: (L2 task, service warp) pairs finished
   int64_t group_claimed;    // u32 [2][column groups]: combine units that some warp has taken
+  int64_t next_task;        // u32 [2]: tasks handed out
   int64_t control_bytes;    // everything above
   // this rank's tokens, written by pre-dispatch
   int64_t slot_list;        // u32 [num_experts][list_stride]: token * top_k + slot
@@ -83,6 +84,7 @@ struct Workspace {
     h_ready = take(int64_t{8} * s.max_blocks());
     group_done = take(int64_t{8} * s.num_column_groups());
     group_claimed = take(int64_t{8} * s.num_column_groups());
+    next_task = take(8);
     control_bytes = at;
     slot_list = take(int64_t{4} * s.num_experts * s.list_stride());
     x = take(int64_t{s.capacity} * s.hidden);

@@ -173,26 +173,38 @@ class MainLoop {
     }
   }
 
-  // One chunk per scale group. Fragments are decoded after the sum is promoted, not during the multiply: one set of registers less, or it
-  // spills; the other warpgroup's multiply fills the gap.
+  // One chunk per scale group: the next one is decoded during the multiply, the sum promoted after it.
   template <typename LastStage>
   __device__ __forceinline__ void run_wide_l2(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
-    uint32_t a[16];
-    float d[N / 2];
-    for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      const StageCursor at = cursor_;
-      const uint32_t data = ring_.data(at.stage);
-      wait_full(at);
-      decode_unit(a, unit(data, 0), me_.warp, me_.lane);
-      ptx::wgmma_fence();
-      multiply_chunk<N>(d, a, tile(data, 0), false);
-      ptx::wgmma_commit();
-      cursor_.advance();
-      ptx::wgmma_wait<0>();
-      promote<N>(sum, d, data + stage_scales(N), me_.lane);
-      if (chunk + 1 == num_chunks) last_stage(data);
-      release(at);
+    uint32_t a[2][16];
+    wait_full(cursor_);
+    decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
+    int chunk = 0;
+    for (; chunk + 2 <= num_chunks; chunk += 2) {
+      wide_step(sum, a[0], a[1], chunk + 1 < num_chunks, false, last_stage);
+      wide_step(sum, a[1], a[0], chunk + 2 < num_chunks, chunk + 2 == num_chunks, last_stage);
     }
+    if (chunk < num_chunks) wide_step(sum, a[0], a[1], false, true, last_stage);
+  }
+
+  template <typename LastStage>
+  __device__ __forceinline__ void wide_step(float (&sum)[N / 2], uint32_t (&now)[16], uint32_t (&next)[16], bool more, bool last,
+                                            LastStage&& last_stage) {
+    float d[N / 2];
+    const StageCursor at = cursor_;
+    const uint32_t data = ring_.data(at.stage);
+    ptx::wgmma_fence();
+    multiply_chunk<N>(d, now, tile(data, 0), false);
+    ptx::wgmma_commit();
+    cursor_.advance();
+    if (more) {
+      wait_full(cursor_);
+      decode_unit(next, unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
+    }
+    ptx::wgmma_wait<0>();
+    promote<N>(sum, d, data + stage_scales(N), me_.lane);
+    if (last) last_stage(data);
+    release(at);
   }
 
   const Ring& ring_;

@@ -1,6 +1,5 @@
 // The fused MoE kernel for SM90: dispatch, L1, SwiGLU, requantisation, L2 and combine in one persistent launch. See kernels/README.md.
 #pragma once
-#include "dispatch.cuh"
 #include "products.cuh"
 #include "service.cuh"
 
@@ -27,6 +26,7 @@ __device__ inline void clear_next_counters(const MegaMoeParams& p, uint32_t pari
   clear(p.ws.h_ready, p.shape.max_blocks());
   clear(p.ws.group_done, p.shape.num_column_groups());
   clear(p.ws.group_claimed, p.shape.num_column_groups());
+  clear(p.ws.next_task, 1);
 }
 
 __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_constant__ MegaMoeParams p) {
@@ -38,18 +38,18 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
   if (threadIdx.x == 0) {
     ring.init();
     tile.init();
+    for (TaskSlot& slot : smem.task_slots) slot.sequence = 0;
     ptx::fence_mbarrier_init();
   }
   ptx::grid_dependency_wait();   // pre-dispatch: tokens, lists and counts
   const uint32_t parity = __ldcg(p.local<uint32_t>(p.ws.epoch)) & 1;
   build_expert_table(smem.experts, p, parity);   // ends with __syncthreads
   const TaskList tasks(smem.experts, p);
-  // Rows are dispatched before the first product by all that would otherwise wait for them; the weights are on their way meanwhile.
-  const int worker = blockIdx.x + warp * gridDim.x, num_dispatchers = (kMathWarps + kServiceWarps) * gridDim.x;
 
   if (warp < kMathWarps) {
     ptx::set_max_registers_up<kMathRegisters>();
-    dispatch<8>(p, smem.experts, parity, worker, num_dispatchers, lane);
+    dispatch_first<8>(p, smem.experts, p.local<uint32_t>(p.ws.x_ready) + parity * p.shape.max_blocks(), blockIdx.x + warp * gridDim.x,
+                      (kMathWarps + kServiceWarps) * gridDim.x, lane);
     MathContext c{p, smem, ring, tile, {warp / 4, warp % 4, lane}};
     run_math(c, warp_uniform(tasks.num_tasks));
     Combiner combiner(p, tasks, lane, parity);
@@ -59,12 +59,11 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
     Combiner combiner(p, tasks, lane, parity);
     if (warp < kFirstProducerWarp) {
       const int part = warp - kMathWarps, num_threads = kServiceWarps * 32;
-      dispatch<4>(p, smem.experts, parity, worker, num_dispatchers, lane);
       clear_next_counters(p, parity, blockIdx.x * num_threads + part * 32 + lane, gridDim.x * num_threads);
-      serve(Epilogue(p, smem, tile, part, lane, parity), combiner, p, smem, tile, tasks);
+      serve(p, smem, tile, tasks, combiner, parity, part, lane);
     } else if (lane == 0) {
       if (warp == kFirstProducerWarp) {
-        produce_weights(p, smem.experts, tasks, ring);
+        produce_weights(p, smem.experts, tasks, ring, parity);
       } else {
         produce_activations(p, smem.experts, tasks, ring, parity);
       }

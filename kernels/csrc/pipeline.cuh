@@ -27,13 +27,35 @@ __host__ __device__ constexpr int stage_end(int tile) { return stage_row_weights
 static_assert(stage_end(8) <= kStageBytes && stage_end(16) <= kStageBytes && stage_end(32) <= kStageBytes && stage_end(64) <= kStageBytes &&
               stage_end(128) <= kStageBytes);
 
-// All that the math warps need to know of a task, posted by the weight producer before the task's first stage. The producer is at most
-// kNumStages tasks ahead, so a slot is read long before it is written again.
+// The tasks of this CTA in the order it took them, posted by the weight producer for everybody else. Tasks are taken from one counter for the
+// whole grid: a task waits only for tasks with smaller numbers, which somebody has taken before, so nothing can wait in a circle.
+// A slot is reused kNumTaskSlots tasks later. The service warps are the last to read one, at most two tasks behind the math warps, which are
+// at most kNumStages tasks behind the producer.
 constexpr int kNumTaskSlots = 16;
-static_assert(kNumTaskSlots > kNumStages + 1);
+static_assert(kNumTaskSlots > kNumStages + 4);
 struct TaskSlot {
+  int sequence;    // which of the CTA's tasks this is, counted from 1; written last
+  int index;       // in the task list; the list's length ends the CTA's work
   int code;        // 2 * token tile + is_l1
   int first_row;   // first packed row of the task in w13_base / w2_base, counted over all local experts
+};
+
+class TaskFeed {
+ public:
+  __device__ explicit TaskFeed(volatile TaskSlot* slots) : slots_(slots) {}
+  // Waits for the CTA's next task.
+  __device__ __forceinline__ volatile const TaskSlot& next() {
+    volatile const TaskSlot& slot = slots_[sequence_ % kNumTaskSlots];
+    ++sequence_;
+    while (slot.sequence != sequence_) {
+    }
+    __threadfence_block();
+    return slot;
+  }
+
+ private:
+  volatile TaskSlot* slots_;
+  int sequence_ = 0;
 };
 
 struct StageCursor {
@@ -63,34 +85,45 @@ struct Ring {
   }
 };
 
-// One thread: streams the weights of this CTA's tasks.
-__device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring) {
+// One thread: takes tasks and streams their weights. The next task is asked for before the current one's weights, which hides the latency.
+__device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring, uint32_t parity) {
   const Shape& s = p.shape;
+  uint32_t* counter = p.local<uint32_t>(p.ws.next_task) + parity;
   StageCursor cursor;
-  int sequence = 0;
-  for (int index = blockIdx.x; index < tasks.num_tasks; index += gridDim.x, ++sequence) {
-    const Task task = tasks.get(table, p, index);
-    const int tile = task.block.tile, per_stage = chunks_per_stage(tile);
-    const int num_chunks = (task.is_l1 ? s.hidden : s.intermediate) / kUnitK;
-    const int num_row_tiles = task.is_l1 ? 2 * s.num_features_tiles() : s.num_row_tiles();
-    const int passes = task.is_l1 ? 2 : 1, first_row_tile = task.tile * passes;
-    ring.task_slots[sequence % kNumTaskSlots].code = 2 * tile + task.is_l1;
-    ring.task_slots[sequence % kNumTaskSlots].first_row = (task.block.expert * num_row_tiles + first_row_tile) * kRowTile;
-    const uint8_t* weights = (task.is_l1 ? p.w13_packed : p.w2_packed) +
-                             (int64_t{task.block.expert} * num_row_tiles + first_row_tile) * num_chunks * kRowTileBytes;
-    const bool once = table.block_base[task.block.expert + 1] - table.block_base[task.block.expert] == 1;
-    const uint64_t policy = once ? ptx::kEvictFirst : ptx::kEvictNormal;
-    for (int pass = 0; pass < passes; ++pass) {
-      for (int chunk = 0; chunk < num_chunks; chunk += per_stage) {
-        const uint32_t num_bytes = min(per_stage, num_chunks - chunk) * kRowTileBytes;
-        ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
-        ptx::mbarrier_arrive_expect_tx(ring.full_barrier(cursor.stage), num_bytes);
-        ptx::bulk_load(ring.data(cursor.stage) + stage_weights(tile), weights, num_bytes,
-                       ring.full_barrier(cursor.stage), policy);
-        weights += num_bytes;
-        cursor.advance();
+  int index = blockIdx.x, sequence = 0;   // the first task of every CTA needs no counter
+  for (bool more = true; more; ++sequence) {
+    const int next = gridDim.x + atomicAdd(counter, 1);
+    volatile TaskSlot& slot = ring.task_slots[sequence % kNumTaskSlots];
+    more = index < tasks.num_tasks;
+    slot.index = min(index, tasks.num_tasks);
+    if (more) {
+      const Task task = tasks.get(table, p, index);
+      const int tile = task.block.tile, per_stage = chunks_per_stage(tile);
+      const int num_chunks = (task.is_l1 ? s.hidden : s.intermediate) / kUnitK;
+      const int num_row_tiles = task.is_l1 ? 2 * s.num_features_tiles() : s.num_row_tiles();
+      const int passes = task.is_l1 ? 2 : 1, first_row_tile = task.block.expert * num_row_tiles + task.tile * passes;
+      slot.code = 2 * tile + task.is_l1;
+      slot.first_row = first_row_tile * kRowTile;
+      __threadfence_block();
+      slot.sequence = sequence + 1;
+      const uint8_t* weights = (task.is_l1 ? p.w13_packed : p.w2_packed) + int64_t{first_row_tile} * num_chunks * kRowTileBytes;
+      const bool once = table.block_base[task.block.expert + 1] - table.block_base[task.block.expert] == 1;
+      const uint64_t policy = once ? ptx::kEvictFirst : ptx::kEvictNormal;
+      for (int pass = 0; pass < passes; ++pass) {
+        for (int chunk = 0; chunk < num_chunks; chunk += per_stage) {
+          const uint32_t num_bytes = min(per_stage, num_chunks - chunk) * kRowTileBytes;
+          ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
+          ptx::mbarrier_arrive_expect_tx(ring.full_barrier(cursor.stage), num_bytes);
+          ptx::bulk_load(ring.data(cursor.stage) + stage_weights(tile), weights, num_bytes, ring.full_barrier(cursor.stage), policy);
+          weights += num_bytes;
+          cursor.advance();
+        }
       }
+    } else {
+      __threadfence_block();
+      slot.sequence = sequence + 1;
     }
+    index = next;
   }
 }
 
@@ -101,7 +134,8 @@ __device__ inline void produce_activations(const MegaMoeParams& p, const ExpertT
   const uint32_t* x_ready = p.local<uint32_t>(p.ws.x_ready) + parity * s.max_blocks();
   const uint32_t* h_ready = p.local<uint32_t>(p.ws.h_ready) + parity * s.max_blocks();
   StageCursor cursor;
-  for (int index = blockIdx.x; index < tasks.num_tasks; index += gridDim.x) {
+  TaskFeed feed(ring.task_slots);
+  for (int index = feed.next().index; index < tasks.num_tasks; index = feed.next().index) {
     const Task task = tasks.get(table, p, index);
     const int tile = task.block.tile, row = task.block.row, per_stage = chunks_per_stage(tile);
     const int k = task.is_l1 ? s.hidden : s.intermediate, num_chunks = k / kUnitK;

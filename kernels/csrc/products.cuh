@@ -106,11 +106,11 @@ __device__ __forceinline__ void run_task(MathContext& c, bool is_l1, int first_r
 }
 
 __device__ __forceinline__ void run_math(MathContext& c, int num_tasks) {
-  int sequence = 0;
-  for (int index = blockIdx.x; index < num_tasks; index += gridDim.x, ++sequence) {
-    ptx::mbarrier_wait(c.ring.full_barrier(c.cursor.stage), c.cursor.phase);
-    const int code = warp_uniform(c.ring.task_slots[sequence % kNumTaskSlots].code);
-    const int first_row = warp_uniform(c.ring.task_slots[sequence % kNumTaskSlots].first_row);
+  TaskFeed feed(c.ring.task_slots);
+  while (true) {
+    volatile const TaskSlot& slot = feed.next();
+    if (warp_uniform(slot.index) >= num_tasks) break;
+    const int code = warp_uniform(slot.code), first_row = warp_uniform(slot.first_row);
     const bool is_l1 = code % 2;
     switch (code / 2) {
       case 8: run_task<8>(c, is_l1, first_row); break;

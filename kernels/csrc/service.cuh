@@ -1,18 +1,32 @@
-// The service warps: the epilogue of every task as its tile arrives; while waiting for one, tokens to combine.
+// The service warps: the epilogue of every task as its tile arrives; while waiting for one, rows to dispatch, then tokens to combine.
 #pragma once
 #include "combine.cuh"
+#include "dispatch.cuh"
 #include "epilogue.cuh"
 
 namespace hopper_moe {
 
-__device__ __forceinline__ void serve(const Epilogue& epilogue, Combiner& combiner, const MegaMoeParams& p, const SharedStorage& smem,
-                                      const TileBarriers& tile, const TaskList& tasks) {
+__device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& smem, const TileBarriers& tile, const TaskList& tasks,
+                                      Combiner& combiner, uint32_t parity, int part, int lane) {
+  uint32_t* x_ready = p.local<uint32_t>(p.ws.x_ready) + parity * p.shape.max_blocks();
+  const int num_service = kServiceWarps * gridDim.x;
+  dispatch_first<4>(p, smem.experts, x_ready, blockIdx.x + (kMathWarps + part) * gridDim.x, (kMathWarps + kServiceWarps) * gridDim.x, lane);
+  const Epilogue epilogue(p, smem, tile, part, lane, parity);
+  const DispatchPlan plan(p, smem.experts);
+  TaskFeed feed(smem.task_slots);
+  int row = plan.num_first + blockIdx.x + part * gridDim.x, index = feed.next().index;
   uint32_t phase = 0;
-  for (int index = blockIdx.x; index < tasks.num_tasks; index += gridDim.x, phase ^= 1) {
-    while (!__all_sync(~0u, ptx::mbarrier_test_wait(tile.full, phase))) {
-      if (!combiner.step(false)) __nanosleep(50);
+  while (index < tasks.num_tasks || row < plan.num_rows) {
+    if (index < tasks.num_tasks && __all_sync(~0u, ptx::mbarrier_test_wait(tile.full, phase))) {
+      epilogue.run(tasks.get(smem.experts, p, index));
+      phase ^= 1;
+      index = warp_uniform(feed.next().index);
+    } else if (row < plan.num_rows) {
+      dispatch_row<4>(p, smem.experts, x_ready, row, lane);
+      row += num_service;
+    } else if (!combiner.step(false)) {
+      __nanosleep(50);
     }
-    epilogue.run(tasks.get(smem.experts, p, index));
   }
 }
 
