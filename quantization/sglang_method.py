@@ -1,4 +1,4 @@
-"""SGLang's quant method for FP4 experts: parameters in the checkpoint's types, packed once after loading, then one kernel call."""
+"""SGLang's quant method for FP4 experts: parameters in the checkpoint's types, packed once after loading; one kernel call."""
 
 from __future__ import annotations
 
@@ -181,11 +181,10 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         shared_l2_weights: torch.Tensor | None = None,
         routing_in_buffer: bool = False,
     ) -> torch.Tensor:
-        """ "megamoe" exchange: complete sums for this rank's rows. Ids are global (physical) here; every rank calls, also with 0
-        tokens.
+        """The "megamoe" exchange: complete sums for this rank's rows. Every rank calls it, also with 0 tokens.
 
-        `routed_scaling_factor` is what SGLang has not multiplied in yet: 1.0 if its top-k has. Returns a fresh bf16 [num_tokens,
-        hidden_size].
+        Ids are global (physical) here. `routed_scaling_factor` is what SGLang has not multiplied in yet: 1.0 if its top-k has.
+        Returns a fresh bf16 [num_tokens, hidden_size].
         """
         shard = self._shard
         if (
