@@ -73,7 +73,7 @@ def layer(x, topk_ids, topk_weights, w13, w13_scale, w2, w2_scale, *, swiglu_lim
             gate, up = dense[e][0][:size] @ xq, dense[e][0][size:] @ xq
             if swiglu_limit is not None:
                 gate, up = np.minimum(gate, swiglu_limit), np.clip(up, -swiglu_limit, swiglu_limit)
-            hq = quant_e4m3(gate / (1 + np.exp(-gate)) * up, 128)
+            hq = quant_e4m3(bf16(gate / (1 + np.exp(-gate)) * up), 128)
             w = np.float32(topk_weights[t, k]) * np.float32(routed_scaling_factor)
             y[t] = y[t] + bf16(float(w) * (dense[e][1] @ hq))
     return bf16(y).reshape(x.shape)

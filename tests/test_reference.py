@@ -210,7 +210,7 @@ def test_fp8_experts_with_block_scales(seed):
             e = int(tokens.topk_ids[t, k])
             gate, up = (dequantize_fp8_blocks(q13[e], s13[e]) @ xq[t]).chunk(2)
             h = (torch.nn.functional.silu(gate.clamp(max=LIMIT)) * up.clamp(-LIMIT, LIMIT)).float()
-            hq = torch.from_numpy(layer_oracle.quant_e4m3(h.numpy(), 128))
+            hq = torch.from_numpy(layer_oracle.quant_e4m3(layer_oracle.bf16(h.numpy()), 128))
             want[t] += (
                 (tokens.topk_weights[t, k].double() * (dequantize_fp8_blocks(q2[e], s2[e]) @ hq)).float().bfloat16().float()
             )
