@@ -57,19 +57,18 @@ __device__ inline void combine_unit(const MegaMoeParams& p, const CombineGroup& 
   *reinterpret_cast<uint4*>(p.y + int64_t{token} * s.hidden + column) = out;
 }
 
-// Units are claimed, kClaim at a time, by whichever warp is free: service warps while tiles are on their way, every warp at the end.
+// Units are claimed, a few at a time, by whichever warp is free: service warps while tiles are on their way, every warp at the end.
 class Combiner {
  public:
-  static constexpr int kClaim = 4;
-
   __device__ Combiner(const MegaMoeParams& p, const TaskList& tasks, int lane, uint32_t parity)
       : p_(p), tasks_(tasks), lane_(lane), done_(p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups()),
         claimed_(p.local<uint32_t>(p.ws.group_claimed) + parity * p.shape.num_column_groups()) {}
 
-  __device__ __forceinline__ bool finished() const { return group_ == p_.shape.num_column_groups(); }
+  __device__ __forceinline__ bool finished() const { return group_ >= p_.shape.num_column_groups(); }
 
-  // Combines up to kClaim units of the first group with any left. False: its L2 tasks are still running (never with `wait`) or all is done.
+  // Combines some units of the first group with any left. False: its L2 tasks are still running (never with `wait`) or all is done.
   __device__ __forceinline__ bool step(bool wait) {
+    if (!ready_) skip_claimed();
     if (finished()) return false;
     const CombineGroup group(p_, tasks_, group_);
     if (!ready_) {
@@ -81,20 +80,39 @@ class Combiner {
       }
       ready_ = true;
     }
+    // Few units: one each, so that every warp gets a share.
+    const int num = group.num_units > kManyUnits ? 4 : 1;
     uint32_t first = 0;
-    if (lane_ == 0) first = atomicAdd(claimed_ + group_, kClaim);
+    if (lane_ == 0) first = atomicAdd(claimed_ + group_, num);
     first = __shfl_sync(~0u, first, 0);
     if (first >= static_cast<uint32_t>(group.num_units)) {
-      ++group_;
       ready_ = false;
       return true;
     }
-    const int last = min(static_cast<int>(first) + kClaim, group.num_units);
+    const int last = min(static_cast<int>(first) + num, group.num_units);
     for (int unit = first; unit < last; ++unit) combine_unit(p_, group, unit, lane_);
     return true;
   }
 
  private:
+  static constexpr int kManyUnits = 8192;
+
+  // Moves on to the first group with unclaimed units: one look at all counters instead of one atomic operation a group and warp.
+  __device__ __forceinline__ void skip_claimed() {
+    const int num_groups = p_.shape.num_column_groups();
+    while (group_ < num_groups) {
+      const int group = group_ + lane_;
+      const bool left = group < num_groups &&
+                        static_cast<int>(__ldcg(claimed_ + group)) < CombineGroup(p_, tasks_, min(group, num_groups - 1)).num_units;
+      const uint32_t groups_left = __ballot_sync(~0u, left);
+      if (groups_left) {
+        group_ += __ffs(groups_left) - 1;
+        return;
+      }
+      group_ += 32;
+    }
+  }
+
   const MegaMoeParams& p_;
   const TaskList& tasks_;
   const int lane_;
