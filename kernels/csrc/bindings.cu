@@ -22,6 +22,7 @@ Shape to_shape(const tvm::ffi::Array<int64_t>& v) {
   return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
 }
 
+// The kernels begin with griddepcontrol.wait, so their launch may overlap the end of whatever runs before them on the stream.
 template <typename Params>
 void launch(void (*kernel)(Params), const Params& params, int num_blocks, int num_threads, size_t shared_bytes, cudaStream_t stream) {
   cudaLaunchAttribute attribute{};
@@ -61,9 +62,7 @@ void pre_dispatch(tvm::ffi::Array<int64_t> shape, int64_t workspace, int64_t hid
                                  static_cast<int>(expert_begin),
                                  static_cast<int>(expert_end),
                                  reinterpret_cast<uint8_t*>(workspace)};
-  // Plain stream order before it: the fused kernel of the previous layer must have left its counters.
-  pre_dispatch_kernel<<<static_cast<int>(num_padded_tokens), kPreDispatchThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(params);
-  check(cudaGetLastError(), "pre_dispatch launch");
+  launch(pre_dispatch_kernel, params, static_cast<int>(num_padded_tokens), kPreDispatchThreads, 0, reinterpret_cast<cudaStream_t>(stream));
 }
 
 // tile_table: max_tile, then tail_tile[0..16]. rank_bases: workspaces of all ranks.

@@ -43,6 +43,7 @@ __device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out,
 
 __global__ void __launch_bounds__(kPreDispatchThreads) pre_dispatch_kernel(const __grid_constant__ PreDispatchParams p) {
   ptx::grid_dependency_launch();
+  ptx::grid_dependency_wait();   // inputs, and the counters of the previous launch of the fused kernel
   const Shape& s = p.shape;
   const int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto at = [&](int64_t offset) { return p.workspace + offset; };
