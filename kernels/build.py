@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import click
+from tqdm import tqdm
 
 from hopper_moe.kernels import jit
 from hopper_moe.kernels.tile_table import TABLES
@@ -18,11 +19,12 @@ def main() -> None:
 @main.command()
 def build() -> None:
     """Compile every kernel library into the cache (HOPPER_MOE_CACHE_DIR). Needs nvcc, no GPU."""
-    for name in jit.LIBRARIES:
-        started = time.monotonic()
-        cached = jit.library_path(jit.LIBRARIES[name]).exists()
-        path = jit.build(name)
-        click.echo(f"{name}: {path} ({'was there' if cached else f'compiled in {time.monotonic() - started:.0f} s'})")
+    with tqdm(jit.LIBRARIES.items(), unit="library") as progress:
+        for name, library in progress:
+            progress.set_description(f"compiling {name}")
+            started, cached = time.monotonic(), jit.library_path(library).exists()
+            path = jit.build(name)
+            progress.write(f"{name}: {path} ({'was there' if cached else f'compiled in {time.monotonic() - started:.0f} s'})")
 
 
 @main.command("list")

@@ -54,13 +54,25 @@ def forced_tile(tile: int) -> TileTable:
     return TileTable(tile, (tile,) * (MAX_TILE // 8 + 1))
 
 
-# SKU (torch.cuda device name contains the key) -> table. Measured ones say where; the others are the smallest tile that fits.
-TABLES = {"H200": smallest_tiles(), "H100": smallest_tiles(), "H20": smallest_tiles()}
+# SKU (torch.cuda device name contains the key) -> table. A measured one says on what; the others are the smallest tile that fits.
+# `python -m hopper_moe.kernels.benchmarks.tune_tiles --write` rewrites a line between the marks.
+# begin tables
+TABLES = {
+    "H200": smallest_tiles(),
+    "H100": smallest_tiles(),
+    "H20": smallest_tiles(),
+}
+# end tables
+
+
+def sku_of(device_name: str) -> str:
+    """The key of a GPU in TABLES. Longest key first, since "H20" is part of "H200". Refuses an unknown SKU."""
+    for sku in sorted(TABLES, key=len, reverse=True):
+        if sku in device_name:
+            return sku
+    raise Refusal(f"no tile table for {device_name!r}: known are {sorted(TABLES)}; measure one with kernels/benchmarks/tune_tiles.py.")
 
 
 def table_for(device_name: str) -> TileTable:
-    """The table of a GPU by its name. Longest key first, since "H20" is part of "H200". Refuses an unknown SKU."""
-    for sku in sorted(TABLES, key=len, reverse=True):
-        if sku in device_name:
-            return TABLES[sku]
-    raise Refusal(f"no tile table for {device_name!r}: known are {sorted(TABLES)}; measure one with kernels/benchmarks/tune_tiles.py.")
+    """The table of a GPU by its name. Refuses an unknown SKU."""
+    return TABLES[sku_of(device_name)]

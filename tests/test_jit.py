@@ -1,0 +1,142 @@
+"""The compiler's word on the kernels, and the cache that many processes share. Needs nvcc, no GPU."""
+
+import re
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hopper_moe.kernels import jit, mega_moe
+from hopper_moe.kernels.build import main
+from hopper_moe.moe_backends.env import settings
+from hopper_moe.quantization import layout
+
+# The bar is 0 and mega_moe_kernel does not meet it: it spills outside its product loops. This bound only keeps it from growing.
+MAX_SPILL_BYTES = {"pre_dispatch_kernel": 0, "mega_moe_kernel": 400}
+FUNCTION = re.compile(r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+FLASH_RANK = [4096, 2048, 6, 256, 32, 64, 8, 2, 512]  # hidden, intermediate, top_k, experts, local, first, ranks, rank, capacity
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> None:
+    assert shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists(), "these tests compile the kernels: install CUDA 13's nvcc"
+
+
+@pytest.fixture(scope="module")
+def report() -> str:
+    return jit.compile_report("mega_moe")
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch) -> Path:
+    """A copy of the CUDA sources that may be changed, and an empty cache: `jit` works on these."""
+    copy = tmp_path / "csrc"
+    shutil.copytree(jit.SOURCE_DIR, copy)
+    monkeypatch.setattr(jit, "SOURCE_DIR", copy)
+    monkeypatch.setenv("HOPPER_MOE_CACHE_DIR", str(tmp_path / "cache"))
+    settings.cache_clear()
+    yield copy
+    monkeypatch.undo()
+    settings.cache_clear()
+
+
+def test_products_stay_asynchronous(report):
+    """C7510 ff.: WGMMA serialised; C7508: setmaxnreg ignored. Both cost most of the kernel's speed without any error."""
+    assert "Compiling entry function" in report, report
+    assert not re.findall(r".*C75\d\d.*", report), report
+    assert "setmaxnreg" not in report and "warning" not in report.lower(), report
+
+
+def test_spilled_bytes(report):
+    spilled = {}
+    for mangled, stores, loads in FUNCTION.findall(report):
+        name = next((kernel for kernel in MAX_SPILL_BYTES if kernel in mangled), mangled)
+        spilled[name] = int(stores)
+        print(f"{name}: {stores} bytes spilled, {loads} bytes of reloads")
+    assert spilled.keys() == MAX_SPILL_BYTES.keys(), "a kernel is missing from the report, or has no bound here"
+    for name, bound in MAX_SPILL_BYTES.items():
+        assert spilled[name] <= bound, f"{name} spills {spilled[name]} bytes, above {bound}"
+
+
+def test_the_key_depends_on_sources_flags_and_layout(sources, monkeypatch):
+    library = jit.LIBRARIES["mega_moe"]
+    keys = [jit.cache_key(library)]
+    assert jit.cache_key(library) == keys[0]
+    header = sources / "ptx" / "memory.cuh"
+    header.write_bytes(header.read_bytes() + b"\n")
+    keys.append(jit.cache_key(library))
+    monkeypatch.setattr(jit, "FLAGS", (*jit.FLAGS, "-lineinfo"))
+    keys.append(jit.cache_key(library))
+    monkeypatch.setattr(layout, "ACT_GROUP", 2 * layout.ACT_GROUP)
+    keys.append(jit.cache_key(library))
+    (sources / "extra.cuh").write_text("")
+    keys.append(jit.cache_key(library))
+    assert len(set(keys)) == len(keys), "a change did not change the key"
+
+
+def test_a_broken_source_says_why_and_leaves_nothing(sources):
+    (sources / "bindings.cu").write_text("int broken() { return no_such_name; }\n")
+    for compile_it in (jit.build, jit.compile_report):
+        with pytest.raises(RuntimeError, match="no_such_name"):
+            compile_it("mega_moe")
+    assert list(settings().cache_dir.iterdir()) == []
+
+
+def test_commands_compile_once_and_say_where(sources):
+    def kernels(command: str) -> str:
+        return CliRunner().invoke(main, [command], catch_exceptions=False).output
+
+    assert "not compiled" in kernels("list")
+    assert re.search(r"mega_moe: .*compiled in \d+ s", kernels("build"))
+    assert "was there" in kernels("build")
+    path = jit.library_path(jit.LIBRARIES["mega_moe"])
+    assert path.is_relative_to(settings().cache_dir) and path.exists()
+    assert str(path) in kernels("list") and "not compiled" not in kernels("list")
+
+
+def test_racing_processes_share_one_library(tmp_path):
+    """Two processes find an empty cache at the same time; both end with a working library, and with the same one."""
+    script = (
+        "from hopper_moe.kernels import jit; "
+        f"print(jit.library_path(jit.LIBRARIES['mega_moe']), list(jit.load('mega_moe')['workspace_layout']({FLASH_RANK})))"
+    )
+    environment = {"PATH": f"{jit.find_nvcc().parent}:/usr/bin:/bin", "HOME": str(tmp_path), "HOPPER_MOE_CACHE_DIR": str(tmp_path / "cache")}
+    racers = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [racer.communicate(timeout=300) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0], said
+    assert said[0][0] == said[1][0] and said[0][0].strip()
+    (folder,) = (tmp_path / "cache").iterdir()  # no second folder, no left-over of the slower one
+    assert [path.name for path in folder.iterdir()] == ["mega_moe.so"]
+
+
+def test_workspace_layout():
+    """What the library says of its own memory: every field of the Python side, in order, in the map's sizes."""
+    fields = list(map(int, jit.load("mega_moe")["workspace_layout"](FLASH_RANK)))
+    assert len(fields) == len(mega_moe._WORKSPACE_FIELDS)
+    at = dict(zip(mega_moe._WORKSPACE_FIELDS, fields, strict=True))
+    in_order = [offset for name, offset in at.items() if name != "control_bytes"]
+    assert all(low < high for low, high in pairwise(in_order)) and all(offset % 1024 == 0 for offset in fields)
+    assert at["next_task"] < at["control_bytes"] == at["slot_list"]
+    hidden, intermediate, top_k, num_experts, _, _, num_ranks, _, capacity = FLASH_RANK
+    assert at["x_scale"] - at["x"] == capacity * hidden
+    assert at["pool_x"] - at["combine"] == 2 * capacity * top_k * hidden
+    assert at["x"] - at["slot_list"] == 4 * num_experts * capacity * top_k
+    assert at["pool_h_scale"] - at["pool_h"] >= num_ranks * capacity * top_k * intermediate
+    larger = list(map(int, jit.load("mega_moe")["workspace_layout"]([*FLASH_RANK[:-1], 2 * capacity])))
+    assert larger[-1] > fields[-1]
+    size = mega_moe.workspace_bytes(
+        num_tokens_capacity=512, hidden_size=4096, intermediate_size=2048, num_experts=32, top_k=6, num_local_experts=32
+    )
+    assert at["combine"] < size < fields[-1], "one rank's pools are smaller than those for eight ranks' tokens"
+
+
+def test_limits_are_the_kernels_own():
+    source = (jit.SOURCE_DIR / "layout.cuh").read_text()
+    assert int(re.search(r"kMaxExperts = (\d+);", source)[1]) == mega_moe.MAX_EXPERTS
