@@ -20,9 +20,9 @@ __device__ __forceinline__ void decode_word(uint32_t word, uint32_t low, uint32_
 
 // One 64 x 128 unit at a shared address to the A fragments of its four k32 WGMMAs (a[4 * group + register]).
 __device__ __forceinline__ void decode_unit(uint32_t (&a)[16], uint32_t unit, int warp, int lane) {
-  const uint32_t deltas = unit + kUnitNibbleBytes + (warp * 16 + lane / 4) * 4, words = unit + warp * 1024 + lane * 16;
-  const uint4 half[2] = {ptx::load_shared_v4(words), ptx::load_shared_v4(words + 512)};
-  const uint32_t delta[2] = {ptx::load_shared_u32(deltas), ptx::load_shared_u32(deltas + 32)};
+  const uint32_t words = unit + warp * 1024 + lane * 16, deltas = unit + (warp * 16 + lane / 4) * 4;
+  const uint4 half[2] = {ptx::load_shared_v4<0>(words), ptx::load_shared_v4<512>(words)};
+  const uint32_t delta[2] = {ptx::load_shared_u32<kUnitNibbleBytes>(deltas), ptx::load_shared_u32<kUnitNibbleBytes + 32>(deltas)};
 #pragma unroll
   for (int group = 0; group < 4; ++group) {
     const uint4& q = half[group / 2];

@@ -3,6 +3,8 @@
 // Per activation scale group (256 k of x, 128 k of h) the tensor cores accumulate from zero, then one FP32 fused multiply-add per output
 // applies the scale. The order of k never depends on the tile, so neither do the bits of a result.
 #pragma once
+#include <utility>
+
 #include "decode.cuh"
 #include "pipeline.cuh"
 #include "ptx/wgmma.cuh"
@@ -20,16 +22,27 @@ __device__ __forceinline__ void multiply_chunk(float (&d)[N / 2], const uint32_t
   for (int group = 0; group < 4; ++group) ptx::wgmma(d, a + 4 * group, descriptor + 2 * group, accumulate || group > 0);
 }
 
+// Calls f(std::integral_constant<int, i>) for i = 0 .. kNum - 1: an unrolled loop whose index is a constant expression.
+template <typename F, int... I>
+__device__ __forceinline__ void for_each_constant(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int kNum, typename F>
+__device__ __forceinline__ void for_each_constant(F&& f) {
+  for_each_constant(f, std::make_integer_sequence<int, kNum>{});
+}
+
 template <int N>
 __device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N / 2], uint32_t scales, int lane) {
-#pragma unroll
-  for (int i = 0; i < N / 8; ++i) {
-    const float2 scale = ptx::load_shared_float2(scales + (i * 8 + lane % 4 * 2) * 4);
+  const uint32_t mine = scales + lane % 4 * 8;
+  for_each_constant<N / 8>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    const float2 scale = ptx::load_shared_float2<i * 32>(mine);
     sum[4 * i + 0] = fmaf(d[4 * i + 0], scale.x, sum[4 * i + 0]);
     sum[4 * i + 1] = fmaf(d[4 * i + 1], scale.y, sum[4 * i + 1]);
     sum[4 * i + 2] = fmaf(d[4 * i + 2], scale.x, sum[4 * i + 2]);
     sum[4 * i + 3] = fmaf(d[4 * i + 3], scale.y, sum[4 * i + 3]);
-  }
+  });
 }
 
 // Consumes the stages of one pass over k. `last_stage(address)` runs before the last stage is given back; it must not branch.

@@ -69,14 +69,15 @@ __device__ __forceinline__ void run_l2(MathContext& c, int first_row) {
   const uint8_t low_base = __ldg(base), high_base = __ldg(base + 8);
   float sum[N / 2];
   MainLoop<N, false>(c.ring, c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, [&](uint32_t stage) {
-#pragma unroll
-    for (int i = 0; i < N / 8; ++i) {
-      const float2 weight = ptx::load_shared_float2(stage + stage_row_weights(N) + (8 * i + c.me.lane % 4 * 2) * 4);
+    const uint32_t weights = stage + stage_row_weights(N) + c.me.lane % 4 * 8;
+    for_each_constant<N / 8>([&](auto index) {
+      constexpr int i = decltype(index)::value;
+      const float2 weight = ptx::load_shared_float2<i * 32>(weights);
       sum[4 * i] *= weight.x;
       sum[4 * i + 1] *= weight.y;
       sum[4 * i + 2] *= weight.x;
       sum[4 * i + 3] *= weight.y;
-    }
+    });
   });
   const float low = row_scale(low_base), high = row_scale(high_base);
   c.wait_tile();

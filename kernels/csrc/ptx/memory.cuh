@@ -36,20 +36,23 @@ __device__ __forceinline__ uint4 load_l2(const void* address) {
   return v;
 }
 
-// Loads from shared memory by 32-bit address: half the registers of a generic pointer in the loops that are short of them.
+// Loads from shared memory by 32-bit address and constant offset: no 64-bit pointers and no additions in loops that are short of both.
+template <int kOffset>
 __device__ __forceinline__ uint4 load_shared_v4(uint32_t address) {
   uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address), "n"(kOffset));
   return v;
 }
+template <int kOffset>
 __device__ __forceinline__ uint32_t load_shared_u32(uint32_t address) {
   uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(kOffset));
   return v;
 }
+template <int kOffset>
 __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
   float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2 + %3];" : "=f"(v.x), "=f"(v.y) : "r"(address), "n"(kOffset));
   return v;
 }
 
