@@ -66,7 +66,7 @@ __device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const Exper
 
 // Rows are dispatched in the order the products need them. The first ones by all warps that would otherwise wait for them (the weights are on
 // their way meanwhile), the rest by the service warps while the products run.
-constexpr int kFirstRowsPerCta = 40;
+constexpr int kFirstRowsPerCta = 12;
 
 struct DispatchPlan {
   int num_rows, num_first;

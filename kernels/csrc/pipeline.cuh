@@ -47,8 +47,7 @@ class TaskFeed {
   __device__ __forceinline__ volatile const TaskSlot& next() {
     volatile const TaskSlot& slot = slots_[sequence_ % kNumTaskSlots];
     ++sequence_;
-    while (slot.sequence != sequence_) {
-    }
+    while (slot.sequence != sequence_) __nanosleep(32);   // not a tight loop: it would take issue slots from the producer it waits for
     __threadfence_block();
     return slot;
   }

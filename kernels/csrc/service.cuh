@@ -6,6 +6,8 @@
 
 namespace hopper_moe {
 
+constexpr int kMinTokensToCombineEarly = 256;
+
 __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& smem, const TileBarriers& tile, const TaskList& tasks,
                                       Combiner& combiner, uint32_t parity, int part, int lane) {
   uint32_t* x_ready = p.local<uint32_t>(p.ws.x_ready) + parity * p.shape.max_blocks();
@@ -13,6 +15,8 @@ __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& sme
   dispatch_first<4>(p, smem.experts, x_ready, blockIdx.x + (kMathWarps + part) * gridDim.x, (kMathWarps + kServiceWarps) * gridDim.x, lane);
   const Epilogue epilogue(p, smem, tile, part, lane, parity);
   const DispatchPlan plan(p, smem.experts);
+  // With few tokens a look at the combine counters takes longer than it could save: tiles are then answered at once, tokens combined at the end.
+  const bool combines = p.num_tokens >= kMinTokensToCombineEarly;
   TaskFeed feed(smem.task_slots);
   int row = plan.num_first + blockIdx.x + part * gridDim.x, index = feed.next().index;
   uint32_t phase = 0;
@@ -24,6 +28,8 @@ __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& sme
     } else if (row < plan.num_rows) {
       dispatch_row<4>(p, smem.experts, x_ready, row, lane);
       row += num_service;
+    } else if (!combines) {
+      ptx::mbarrier_try_wait(tile.full, phase);   // sleeps until the tile is there, or a while
     } else if (!combiner.step(false)) {
       __nanosleep(50);
     }
