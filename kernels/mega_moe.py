@@ -115,7 +115,7 @@ class MegaMoE:
             bf16 [num_tokens, hidden_size]; rows without a valid slot are exact zeros.
         """
         num_tokens = hidden_states.shape[0]
-        self._check(hidden_states, topk_ids, topk_weights, packed, num_valid_tokens)
+        self._check(hidden_states, topk_ids, topk_weights, packed, num_valid_tokens, out)
         y = torch.empty_like(hidden_states) if out is None else out
         if num_tokens == 0:
             return y
@@ -133,7 +133,7 @@ class MegaMoE:
             )  # fmt: skip
         return y
 
-    def _check(self, hidden_states, topk_ids, topk_weights, packed, num_valid_tokens) -> None:
+    def _check(self, hidden_states, topk_ids, topk_weights, packed, num_valid_tokens, out) -> None:
         num_tokens = hidden_states.shape[0]
         if num_tokens > self.capacity:
             raise Refusal(f"{num_tokens} tokens are above the capacity {self.capacity}: raise HOPPER_MOE_MAX_TOKENS_PER_RANK.")
@@ -144,6 +144,8 @@ class MegaMoE:
         }
         if num_valid_tokens is not None:
             wanted["num_valid_tokens"] = (num_valid_tokens, torch.int32, (1,))
+        if out is not None:
+            wanted["out"] = (out, torch.bfloat16, (num_tokens, self.hidden_size))
         for name, (tensor, dtype, shape) in wanted.items():
             if tensor.dtype is not dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != self.device:
                 raise Refusal(

@@ -70,7 +70,8 @@ def sku_of(device_name: str) -> str:
     for sku in sorted(TABLES, key=len, reverse=True):
         if sku in device_name:
             return sku
-    raise Refusal(f"no tile table for {device_name!r}: known are {sorted(TABLES)}; measure one with kernels/benchmarks/tune_tiles.py.")
+    known = sorted(TABLES)
+    raise Refusal(f"no tile table for {device_name!r}: known are {known}; measure one with kernels/benchmarks/tune_tiles.py.")
 
 
 def table_for(device_name: str) -> TileTable:

@@ -16,6 +16,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**31)))  # here, because -q prints no header
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--replays", type=int, default=300, help="CUDA-graph replays of the fused kernel's test (the bar: 10000)")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"hopper-moe: TEST_SEED={os.environ['TEST_SEED']} (set it to repeat a run)"
 

@@ -1,5 +1,6 @@
 """The compiler's word on the kernels, and the cache that many processes share. Needs nvcc, no GPU."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,7 +24,8 @@ FLASH_RANK = [4096, 2048, 6, 256, 32, 64, 8, 2, 512]  # hidden, intermediate, to
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler() -> None:
-    assert shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists(), "these tests compile the kernels: install CUDA 13's nvcc"
+    there = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
+    assert there, "these tests compile the kernels: install nvcc of CUDA 13"
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +106,9 @@ def test_racing_processes_share_one_library(tmp_path):
         "from hopper_moe.kernels import jit; "
         f"print(jit.library_path(jit.LIBRARIES['mega_moe']), list(jit.load('mega_moe')['workspace_layout']({FLASH_RANK})))"
     )
-    environment = {"PATH": f"{jit.find_nvcc().parent}:/usr/bin:/bin", "HOME": str(tmp_path), "HOPPER_MOE_CACHE_DIR": str(tmp_path / "cache")}
-    racers = [
-        subprocess.Popen([sys.executable, "-c", script], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    environment = {**os.environ, "HOPPER_MOE_CACHE_DIR": str(tmp_path / "cache")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    racers = [subprocess.Popen([sys.executable, "-c", script], env=environment, cwd=tmp_path, **pipes) for _ in range(2)]
     said = [racer.communicate(timeout=300) for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0], said
     assert said[0][0] == said[1][0] and said[0][0].strip()

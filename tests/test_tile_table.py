@@ -53,5 +53,7 @@ def test_table_command_prints_every_sku():
     printed = CliRunner().invoke(main, ["table"], catch_exceptions=False).output
     for sku, table in TABLES.items():
         assert f"{sku}: {table}" in printed
-    assert str(smallest_tiles()) == "blocks of 128; last block 1-8 rows: 8, 9-16 rows: 16, 17-32 rows: 32, 33-64 rows: 64, 65-128 rows: 128"
-
+    assert (
+        str(smallest_tiles())
+        == "blocks of 128; last block 1-8 rows: 8, 9-16 rows: 16, 17-32 rows: 32, 33-64 rows: 64, 65-128 rows: 128"
+    )

@@ -1,0 +1,208 @@
+"""The fused kernel against the FP64 reference, end to end and stage by stage, on fresh random data in memory full of NaN.
+
+The issue asks for a relative L2 of 1e-3 end to end. FP8 tensor cores cannot give it: Hopper's FP8 WGMMA keeps about 13 fraction
+bits in its accumulator, so h differs by about 2e-4 of its size before it is rounded to BF16 and E4M3, and a value near a border
+then moves by a whole E4M3 step of 6 to 12 %. Measured end to end: 4e-3 to 5e-3. The tests therefore take the roundings apart:
+
+    x      the kernel's pre-dispatch                         equal bits
+    h      from that x                                       nearly all E4M3 bytes equal, the others one step off
+    c      from the kernel's own h                           relative L2 as the issue asks
+    y      from the kernel's own c                           equal bits
+    y      end to end                                        cosine as the issue asks, relative L2 within MAX_END_TO_END
+
+A model of the accumulator (FP64 products plus normal noise of 1e-4 to 2e-4) gives 98 to 99 % equal bytes and 6e-4 to 9e-4 for c.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from layer_compare import assert_layers_agree, relative_l2
+from mega_moe_rig import FACTOR, Batch, Rig, make_rig, read_dispatched, read_hidden, read_slots
+
+from hopper_moe.kernels import reference
+from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape
+from hopper_moe.kernels.reference_stages import HiddenStage, combine_slots, expert_hidden, expert_slots
+from hopper_moe.quantization import layout
+from hopper_moe.quantization.codecs import dequantize_activations
+
+pytestmark = pytest.mark.gpu
+
+MAX_END_TO_END = 1e-2
+MAX_FROM_EXACT = 3.5e-2  # the issue's bar against activations that are not quantised
+MAX_SLOTS = 1e-3  # c from the kernel's own h
+MIN_EQUAL_BYTES = 0.98
+MAX_EXCESS = 2**-7  # of a group's largest value, beyond one E4M3 step: one BF16 step, since h and its scale are BF16 before
+
+FLASH_TOKENS = (0, 1, 2, 3, 7, 8, 9, 31, 64, 100, 129, 512, 2048, 8192)
+CASES = [("flash", tokens, "uniform") for tokens in FLASH_TOKENS]
+CASES += [("flash", tokens, routing) for routing in ("zipf", "one_hot") for tokens in (1, 9, 129, 2048)]
+CASES += [(name, tokens, "uniform") for name in ("pro", "v3", "v4.1-flash", "small") for tokens in (1, 9, 129, 512)]
+CASES += [(name, 129, "one_hot") for name in ("pro", "v3", "v4.1-flash", "small")]
+# num_experts, capacity. "small": 640 = 2.5 scale groups of x, 384 = 3 of h; an odd number of everything.
+SIZES = {"flash": (32, 8192), "pro": (12, 512), "v3": (16, 512), "v4.1-flash": (16, 512), "small": (7, 512)}
+CASES.sort(key=lambda case: list(SIZES).index(case[0]))
+SMALL = ModelShape(640, 384, 7, 3, 7, 2.0)
+
+
+@pytest.fixture(scope="module")
+def rigs():
+    """name -> Rig, one at a time in memory (cases come shape by shape)."""
+    made: dict[str, Rig] = {}
+
+    def rig(name: str, seed: int) -> Rig:
+        if name not in made:
+            made.clear()
+            gc.collect()
+            torch.cuda.empty_cache()
+            made[name] = make_rig(seed, SHAPES.get(name, SMALL), *SIZES[name])
+        return made[name]
+
+    yield rig
+    made.clear()
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Lines of the table that is printed after the module (pytest -s)."""
+    lines: list[str] = []
+    yield lines.append
+    print("\n" + "\n".join(["what was measured", *lines]))
+
+
+def cosine(got: torch.Tensor, want: torch.Tensor) -> float:
+    return torch.nn.functional.cosine_similarity(got.double().flatten(), want.double().flatten(), dim=0).item()
+
+
+@pytest.mark.parametrize("name, num_tokens, routing", CASES)
+def test_layer(rigs, measured, seed, name, num_tokens, routing):
+    rig = rigs(name, seed)
+    batch = rig.batch(num_tokens, routing)
+    y, want = rig.run(batch), rig.reference(batch)
+    if num_tokens == 0:
+        assert y.shape == want.shape == (0, rig.shape.hidden_size)
+        return
+    exact = rig.reference(batch, reference.exact)
+    measured(
+        f"{name:>10} M={num_tokens:<5} {routing:>7}: relative L2 {relative_l2(y, want):.2e}, 1 - cosine {1 - cosine(y, want):.1e}, "
+        f"against exact {relative_l2(y, exact):.2e} (reference {relative_l2(want, exact):.2e})"
+    )
+    assert_layers_agree(y, want, MAX_END_TO_END)
+    assert relative_l2(y, exact) <= MAX_FROM_EXACT
+    if num_tokens > 4:
+        assert not y[2].any(), "a token without a valid slot is not zero"
+
+
+def ordinal(bytes_: torch.Tensor) -> torch.Tensor:
+    """E4M3 bytes as integers in the order of their values; both zeros are 0."""
+    signed = bytes_.view(torch.uint8).short()
+    return torch.where(signed < 128, signed, 128 - signed)
+
+
+def excess_over_one_step(got: HiddenStage, want: HiddenStage) -> float:
+    """Largest |got - want| beyond one E4M3 step of the larger value, in units of the largest value of its group."""
+    a, b = (dequantize_activations(s.hq, s.h_scale, layout.H_GROUP) for s in (got, want))
+    scale = torch.maximum(got.h_scale, want.h_scale).double().repeat_interleave(layout.H_GROUP, -1).clamp_min(1e-300)
+    units = (torch.maximum(a.abs(), b.abs()) / scale).clamp_min(2.0**-6)  # below 2**-6 E4M3 has steps of 2**-9
+    step = torch.exp2(torch.floor(torch.log2(units)) - 3) * scale
+    return (((a - b).abs() - step).clamp_min(0) / (scale * layout.E4M3_MAX)).max().item()
+
+
+@pytest.mark.parametrize(
+    "name, num_tokens",
+    [("flash", 1), ("flash", 129), ("flash", 2048), ("pro", 129), ("v3", 64), ("v4.1-flash", 64), ("small", 300)],
+)
+def test_stages(rigs, measured, seed, name, num_tokens):
+    rig = rigs(name, seed)
+    batch, limit, experts = rig.batch(num_tokens), rig.shape.swiglu_limit, rig.mm.num_experts
+    y = rig.run(batch)
+    tokens = read_dispatched(rig.mm, num_tokens)
+    hidden, slots = read_hidden(rig.mm, batch.topk_ids), read_slots(rig.mm, batch.topk_ids)
+
+    (want,) = expert_hidden([tokens], [rig.packed], num_experts=experts, swiglu_limit=limit)
+    valid = batch.topk_ids >= 0
+    off = (ordinal(hidden.hq) - ordinal(want.hq)).abs()[valid]
+    equal, within_one = ((off <= steps).double().mean().item() for steps in (0, 1))
+    excess = excess_over_one_step(hidden, want)
+    (c,) = expert_slots([tokens], [hidden], [rig.packed], num_experts=experts)
+    from_h, end_to_end = relative_l2(y, combine_slots(c, batch.topk_ids)), relative_l2(y, rig.reference(batch))
+    measured(
+        f"{name:>10} M={num_tokens:<5} stages: h bytes equal {equal:.4%}, within one step {within_one:.4%}, excess {excess:.1e}; "
+        f"c {relative_l2(slots, c):.2e}; y from the kernel's h {from_h:.2e}; end to end {end_to_end:.2e}"
+    )
+    assert (hidden.h_scale / want.h_scale)[valid].sub(1).abs().max() <= 2**-7 * 1.001, "a scale is more than one BF16 step off"
+    assert equal >= MIN_EQUAL_BYTES and excess <= MAX_EXCESS
+    assert relative_l2(slots, c) <= MAX_SLOTS
+    assert torch.equal(y, combine_slots(slots, batch.topk_ids)), "the sum over slots is not bit for bit the reference's"
+
+
+@pytest.mark.parametrize("name", ["flash", "small"])
+def test_pre_dispatch_bits(rigs, seed, name):
+    rig = rigs(name, seed)
+    batch = rig.batch(100)
+    magnitude = torch.randint(-120, 120, (100, 1), device="cuda", generator=rig.generator)
+    x = (batch.x.double() * torch.exp2(magnitude.double())).bfloat16()
+    x[10] = 0
+    x[11] = 1e-40  # subnormal: below the floor of amax
+    x[12, ::7] = -0.0
+    batch = Batch(x, batch.topk_ids, batch.topk_weights)
+    rig.run(batch)
+    got = read_dispatched(rig.mm, 100)
+    want = reference.pre_dispatch(x, batch.topk_ids, batch.topk_weights, routed_scaling_factor=FACTOR)
+    assert torch.equal(got.x_q.view(torch.uint8), want.x_q.view(torch.uint8))
+    assert torch.equal(got.x_scale, want.x_scale)
+    assert torch.equal(got.topk_ids, want.topk_ids)
+    masked = batch.topk_ids < 0  # the kernel does not keep their weights
+    assert torch.equal(got.topk_weights, want.topk_weights.masked_fill(masked, 0.0))
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_swiglu_limit(rigs, seed, limit):
+    rig = rigs("small", seed)
+    batch = rig.batch(31)
+    want = rig.reference(batch, swiglu_limit=limit)
+    other = rig.reference(batch, swiglu_limit=2.0)
+    assert relative_l2(other, want) > 5 * MAX_END_TO_END, "the clamp does not show in this data"
+    assert_layers_agree(rig.run(batch, swiglu_limit=limit), want, MAX_END_TO_END)
+
+
+def test_every_slot_to_one_expert_at_capacity(seed):
+    rig = make_rig(seed, SMALL, 7, 129)
+    batch = rig.batch(129)
+    batch.topk_ids.fill_(5)
+    y = rig.run(batch)
+    assert_layers_agree(y, rig.reference(batch), MAX_END_TO_END)
+
+
+def test_all_masked(rigs, seed):
+    rig = rigs("small", seed)
+    batch = rig.batch(64)
+    batch.topk_ids.fill_(-1)
+    assert not rig.run(batch).any()
+    batch = rig.batch(64)  # and the next call finds its counters clean
+    assert_layers_agree(rig.run(batch), rig.reference(batch), MAX_END_TO_END)
+
+
+@pytest.mark.parametrize("first_expert", [0, 8, 24])
+def test_foreign_ids_are_skipped(seed, first_expert):
+    """Local experts 8 of 32; ids over all 32, and beyond."""
+    rig = make_rig(seed, SMALL, 32, 100, num_local_experts=8, first_expert=first_expert)
+    batch = rig.batch(100)
+    batch.topk_ids[5, 0] = 32
+    batch.topk_ids[6] = 1 << 30
+    y, want = rig.run(batch), rig.reference(batch)
+    assert_layers_agree(y, want, MAX_END_TO_END)
+    local = (batch.topk_ids >= first_expert) & (batch.topk_ids < first_expert + 8)
+    assert local.any() and not y[~local.any(1)].any()
+
+
+def test_rows_beyond_num_valid_tokens_are_masked(rigs, seed):
+    rig = rigs("small", seed)
+    batch = rig.batch(100)
+    for valid in (0, 1, 57, 100, 1000):
+        y = rig.run(batch, num_valid_tokens=torch.tensor([valid], dtype=torch.int32, device="cuda"))
+        assert not y[valid:].any()
+        if valid:
+            assert_layers_agree(y[:valid], rig.reference(batch.rows(slice(0, valid))), MAX_END_TO_END)
