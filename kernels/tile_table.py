@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hopper_moe.moe_backends.errors import Refusal
 
-TILES = (8, 16, 32, 64, 128)
+TILES = (8, 16, 32, 64, 96, 128)
 MAX_TILE = 128
 
 

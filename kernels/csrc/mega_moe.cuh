@@ -33,12 +33,13 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(shared_memory);
   const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
-  const Ring ring{ptx::smem_address(smem.stages), ptx::smem_address(smem.full), ptx::smem_address(smem.empty), smem.task_slots};
+  const Ring ring{ptx::smem_address(smem.stages), ptx::smem_address(smem.full), ptx::smem_address(smem.empty)};
   const TileBarriers tile(smem);
+  const TaskFeed feed(smem.task_slots, ptx::smem_address(smem.task_posted));
   if (threadIdx.x == 0) {
     ring.init();
     tile.init();
-    for (TaskSlot& slot : smem.task_slots) slot.sequence = 0;
+    feed.init();
     ptx::fence_mbarrier_init();
   }
   ptx::grid_dependency_wait();   // pre-dispatch: tokens, lists and counts
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
     dispatch_first<8>(p, smem.experts, p.local<uint32_t>(p.ws.x_ready) + parity * p.shape.max_blocks(), blockIdx.x + warp * gridDim.x,
                       (kMathWarps + kServiceWarps) * gridDim.x, lane);
     MathContext c{p, smem, ring, tile, {warp / 4, warp % 4, lane}};
-    run_math(c, warp_uniform(tasks.num_tasks));
+    run_math(c, feed, warp_uniform(tasks.num_tasks));
     Combiner combiner(p, tasks, lane, parity);
     while (!combiner.finished()) combiner.step(true);
   } else {
@@ -60,12 +61,12 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
     if (warp < kFirstProducerWarp) {
       const int part = warp - kMathWarps, num_threads = kServiceWarps * 32;
       clear_next_counters(p, parity, blockIdx.x * num_threads + part * 32 + lane, gridDim.x * num_threads);
-      serve(p, smem, tile, tasks, combiner, parity, part, lane);
+      serve(p, smem, tile, tasks, combiner, feed, parity, part, lane);
     } else if (lane == 0) {
       if (warp == kFirstProducerWarp) {
-        produce_weights(p, smem.experts, tasks, ring, parity);
+        produce_weights(p, smem.experts, tasks, ring, feed, parity);
       } else {
-        produce_activations(p, smem.experts, tasks, ring, parity);
+        produce_activations(p, smem.experts, tasks, ring, feed, parity);
       }
     }
     __syncwarp();

@@ -25,7 +25,7 @@ __host__ __device__ constexpr int stage_scales(int tile) { return stage_weights(
 __host__ __device__ constexpr int stage_row_weights(int tile) { return stage_scales(tile) + chunks_per_stage(tile) * tile * 4; }
 __host__ __device__ constexpr int stage_end(int tile) { return stage_row_weights(tile) + tile * 4; }
 static_assert(stage_end(8) <= kStageBytes && stage_end(16) <= kStageBytes && stage_end(32) <= kStageBytes && stage_end(64) <= kStageBytes &&
-              stage_end(128) <= kStageBytes);
+              stage_end(96) <= kStageBytes && stage_end(128) <= kStageBytes);
 
 // The tasks of this CTA in the order it took them, posted by the weight producer for everybody else. Tasks are taken from one counter for the
 // whole grid: a task waits only for tasks with smaller numbers, which somebody has taken before, so nothing can wait in a circle.
@@ -34,7 +34,6 @@ static_assert(stage_end(8) <= kStageBytes && stage_end(16) <= kStageBytes && sta
 constexpr int kNumTaskSlots = 16;
 static_assert(kNumTaskSlots > kNumStages + 4);
 struct TaskSlot {
-  int sequence;    // which of the CTA's tasks this is, counted from 1; written last
   int index;       // in the task list; the list's length ends the CTA's work
   int code;        // 2 * token tile + is_l1
   int first_row;   // first packed row of the task in w13_base / w2_base, counted over all local experts
@@ -42,18 +41,28 @@ struct TaskSlot {
 
 class TaskFeed {
  public:
-  __device__ explicit TaskFeed(volatile TaskSlot* slots) : slots_(slots) {}
-  // Waits for the CTA's next task.
-  __device__ __forceinline__ volatile const TaskSlot& next() {
-    volatile const TaskSlot& slot = slots_[sequence_ % kNumTaskSlots];
+  __device__ TaskFeed(TaskSlot* slots, uint32_t posted) : slots_(slots), posted_(posted) {}
+
+  __device__ void init() const {
+    for (int i = 0; i < kNumTaskSlots; ++i) ptx::mbarrier_init(posted_ + 8 * i, 1);
+  }
+  // Reader: waits for the CTA's next task.
+  __device__ __forceinline__ const TaskSlot& next() {
+    const int slot = sequence_ % kNumTaskSlots;
+    ptx::mbarrier_wait(posted_ + 8 * slot, sequence_ / kNumTaskSlots & 1);
     ++sequence_;
-    while (slot.sequence != sequence_) __nanosleep(32);   // not a tight loop: it would take issue slots from the producer it waits for
-    __threadfence_block();
-    return slot;
+    return slots_[slot];
+  }
+  // Producer: the slot to fill, then publish it.
+  __device__ __forceinline__ TaskSlot& slot() const { return slots_[sequence_ % kNumTaskSlots]; }
+  __device__ __forceinline__ void post() {
+    ptx::mbarrier_arrive(posted_ + 8 * (sequence_ % kNumTaskSlots));
+    ++sequence_;
   }
 
  private:
-  volatile TaskSlot* slots_;
+  TaskSlot* slots_;
+  uint32_t posted_;    // shared address of kNumTaskSlots barriers
   int sequence_ = 0;
 };
 
@@ -71,7 +80,6 @@ struct StageCursor {
 struct Ring {
   uint32_t stages;         // shared addresses: of the data,
   uint32_t full, empty;    // and of kNumStages barriers each
-  volatile TaskSlot* task_slots;
 
   __device__ __forceinline__ uint32_t data(int stage) const { return stages + stage * kStageBytes; }
   __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
@@ -85,14 +93,15 @@ struct Ring {
 };
 
 // One thread: takes tasks and streams their weights. The next task is asked for before the current one's weights, which hides the latency.
-__device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring, uint32_t parity) {
+__device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring, TaskFeed feed,
+                                      uint32_t parity) {
   const Shape& s = p.shape;
   uint32_t* counter = p.local<uint32_t>(p.ws.next_task) + parity;
   StageCursor cursor;
-  int index = blockIdx.x, sequence = 0;   // the first task of every CTA needs no counter
-  for (bool more = true; more; ++sequence) {
+  int index = blockIdx.x;   // the first task of every CTA needs no counter
+  for (bool more = true; more;) {
     const int next = gridDim.x + atomicAdd(counter, 1);
-    volatile TaskSlot& slot = ring.task_slots[sequence % kNumTaskSlots];
+    TaskSlot& slot = feed.slot();
     more = index < tasks.num_tasks;
     slot.index = min(index, tasks.num_tasks);
     if (more) {
@@ -103,8 +112,7 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
       const int passes = task.is_l1 ? 2 : 1, first_row_tile = task.block.expert * num_row_tiles + task.tile * passes;
       slot.code = 2 * tile + task.is_l1;
       slot.first_row = first_row_tile * kRowTile;
-      __threadfence_block();
-      slot.sequence = sequence + 1;
+      feed.post();
       const uint8_t* weights = (task.is_l1 ? p.w13_packed : p.w2_packed) + int64_t{first_row_tile} * num_chunks * kRowTileBytes;
       const bool once = table.block_base[task.block.expert + 1] - table.block_base[task.block.expert] == 1;
       const uint64_t policy = once ? ptx::kEvictFirst : ptx::kEvictNormal;
@@ -119,8 +127,7 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
         }
       }
     } else {
-      __threadfence_block();
-      slot.sequence = sequence + 1;
+      feed.post();
     }
     index = next;
   }
@@ -128,12 +135,11 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
 
 // One thread: waits until a block's rows (L1) or features (L2) are complete, then streams them beside the weights.
 __device__ inline void produce_activations(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring,
-                                           uint32_t parity) {
+                                           TaskFeed feed, uint32_t parity) {
   const Shape& s = p.shape;
   const uint32_t* x_ready = p.local<uint32_t>(p.ws.x_ready) + parity * s.max_blocks();
   const uint32_t* h_ready = p.local<uint32_t>(p.ws.h_ready) + parity * s.max_blocks();
   StageCursor cursor;
-  TaskFeed feed(ring.task_slots);
   for (int index = feed.next().index; index < tasks.num_tasks; index = feed.next().index) {
     const Task task = tasks.get(table, p, index);
     const int tile = task.block.tile, row = task.block.row, per_stage = chunks_per_stage(tile);

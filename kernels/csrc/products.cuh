@@ -106,10 +106,9 @@ __device__ __forceinline__ void run_task(MathContext& c, bool is_l1, int first_r
   }
 }
 
-__device__ __forceinline__ void run_math(MathContext& c, int num_tasks) {
-  TaskFeed feed(c.ring.task_slots);
+__device__ __forceinline__ void run_math(MathContext& c, TaskFeed feed, int num_tasks) {
   while (true) {
-    volatile const TaskSlot& slot = feed.next();
+    const TaskSlot& slot = feed.next();
     if (warp_uniform(slot.index) >= num_tasks) break;
     const int code = warp_uniform(slot.code), first_row = warp_uniform(slot.first_row);
     const bool is_l1 = code % 2;
@@ -118,6 +117,7 @@ __device__ __forceinline__ void run_math(MathContext& c, int num_tasks) {
       case 16: run_task<16>(c, is_l1, first_row); break;
       case 32: run_task<32>(c, is_l1, first_row); break;
       case 64: run_task<64>(c, is_l1, first_row); break;
+      case 96: run_task<96>(c, is_l1, first_row); break;
       default: run_task<128>(c, is_l1, first_row); break;
     }
   }

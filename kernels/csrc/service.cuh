@@ -9,7 +9,7 @@ namespace hopper_moe {
 constexpr int kMinTokensToCombineEarly = 256;
 
 __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& smem, const TileBarriers& tile, const TaskList& tasks,
-                                      Combiner& combiner, uint32_t parity, int part, int lane) {
+                                      Combiner& combiner, TaskFeed feed, uint32_t parity, int part, int lane) {
   uint32_t* x_ready = p.local<uint32_t>(p.ws.x_ready) + parity * p.shape.max_blocks();
   const int num_service = kServiceWarps * gridDim.x;
   dispatch_first<4>(p, smem.experts, x_ready, blockIdx.x + (kMathWarps + part) * gridDim.x, (kMathWarps + kServiceWarps) * gridDim.x, lane);
@@ -17,7 +17,6 @@ __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& sme
   const DispatchPlan plan(p, smem.experts);
   // With few tokens a look at the combine counters takes longer than it could save: tiles are then answered at once, tokens combined at the end.
   const bool combines = p.num_tokens >= kMinTokensToCombineEarly;
-  TaskFeed feed(smem.task_slots);
   int row = plan.num_first + blockIdx.x + part * gridDim.x, index = feed.next().index;
   uint32_t phase = 0;
   while (index < tasks.num_tasks || row < plan.num_rows) {

@@ -13,6 +13,7 @@ struct SharedStorage {
   alignas(8) uint64_t full[kNumStages];
   uint64_t empty[kNumStages];
   uint64_t tile_full, tile_empty;
+  uint64_t task_posted[kNumTaskSlots];
   TaskSlot task_slots[kNumTaskSlots];
   ExpertTable experts;
 };
