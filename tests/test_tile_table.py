@@ -23,7 +23,7 @@ def test_every_table_holds_every_rest():
         (128, (128,) * 16),  # one entry short
         (128, (8,) * 17),  # 16 rows do not fit 8
         (64, (128,) * 17),  # above max_tile
-        (128, (128,) * 16 + (96,)),  # no such tile at the end
+        (128, (128,) * 16 + (112,)),  # no such tile at the end
     ],
 )
 def test_a_table_that_would_lose_rows_is_refused(max_tile, tail_tile):
@@ -32,7 +32,7 @@ def test_a_table_that_would_lose_rows_is_refused(max_tile, tail_tile):
 
 
 def test_smallest_tiles_are_the_smallest():
-    assert smallest_tiles().tail_tile == (8, 8, 16, 32, 32, *(64,) * 4, *(128,) * 8)
+    assert smallest_tiles().tail_tile == (8, 8, 16, 32, 32, *(64,) * 4, *(96,) * 4, *(128,) * 4)
     assert forced_tile(32).tail_tile == (32,) * (MAX_TILE // 8 + 1)
 
 
@@ -55,5 +55,6 @@ def test_table_command_prints_every_sku():
         assert f"{sku}: {table}" in printed
     assert (
         str(smallest_tiles())
-        == "blocks of 128; last block 1-8 rows: 8, 9-16 rows: 16, 17-32 rows: 32, 33-64 rows: 64, 65-128 rows: 128"
+        == "blocks of 128; last block 1-8 rows: 8, 9-16 rows: 16, 17-32 rows: 32, 33-64 rows: 64, "
+        "65-96 rows: 96, 97-128 rows: 128"
     )
