@@ -1,0 +1,35 @@
+"""What the benchmark commands share on their command lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from hopper_moe.moe_backends.errors import Refusal
+
+
+class RefusingCommand(click.Command):
+    """A `Refusal` becomes one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except Refusal as refusal:
+            click.echo(refusal, err=True)
+            ctx.exit(2)
+
+
+def take_lists(arguments: Sequence[str], option: str) -> list[str]:
+    """`--tokens 1 8 64` as click's `--tokens 1 --tokens 8 --tokens 64`."""
+    spread: list[str] = []
+    inside = False
+    for argument in arguments:
+        if argument == option:
+            inside = True
+        elif inside and not argument.startswith("-"):
+            spread += [option, argument]
+        else:
+            inside = False
+            spread.append(argument)
+    return spread
