@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def replay_times(run: Callable[[], None], num_calls: int, num_launches: int, graph: bool) -> list[float]:
+def replay_times(run: Callable[[], object], num_calls: int, num_launches: int, graph: bool) -> list[float]:
     """us per call, one value per timed launch of `run`, which makes `num_calls` calls; as one CUDA graph or eagerly.
 
     Two untimed launches come first. Under a graph the launches queue up behind one another, so the host's time is not measured;
@@ -60,7 +60,7 @@ def spread(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _median_seconds(run: Callable[[], object], repeats: int = 15) -> float:
-    return statistics.median(replay_times(lambda: run() and None, 1, repeats, graph=False)) * 1e-6
+    return statistics.median(replay_times(run, 1, repeats, graph=False)) * 1e-6
 
 
 def hbm_read_tbps(num_bytes: int = 4 << 30) -> float:
