@@ -154,6 +154,10 @@ def test_tuner_gives_every_expert_the_same_rows(rows, experts, top_k):
         assert len(set(valid)) == len(valid)
 
 
+def test_tuner_compares_the_largest_tiles_without_padding():
+    assert all(tune_tiles.LARGE_ROWS % tile == 0 for tile in TILES)
+
+
 def test_tuner_chooses_the_smallest_of_the_fastest():
     assert tune_tiles.choose({8: 10.2, 16: 10.05, 32: 10.0, 64: 12.0}) == 16
     assert tune_tiles.choose({8: 10.0, 16: 11.0}) == 8

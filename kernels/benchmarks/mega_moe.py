@@ -7,7 +7,6 @@ routing and take turns over copies of the weights, so that no call finds in the 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import itertools
 import statistics
@@ -189,7 +188,7 @@ def main(
         )
     calls = " to ".join(str(calls_per_launch(size)) for size in sorted({min(tokens), max(tokens)}))
     click.echo(
-        f"\n{torch.cuda.get_device_name()}, torch {importlib.metadata.version('torch')}: "
+        f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: "
         f"HBM read {hbm:.2f} TB/s, FP8 matmul {fp8:.0f} TFLOP/s\n"
         f"{shape_name}: {num_experts} local experts, {routing} routing, {'CUDA graph' if graph else 'eager'}, "
         f"room for {max(tokens)} tokens, {NUM_LAUNCHES} launches of {calls} calls each\n"

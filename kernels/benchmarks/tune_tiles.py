@@ -25,7 +25,7 @@ from hopper_moe.kernels.tile_table import MAX_TILE, TILES, TileTable, forced_til
 from hopper_moe.moe_backends.errors import Refusal
 
 BEGIN, END = "# begin tables\n", "# end tables\n"
-LARGE_ROWS = 512  # rows per expert at which the largest tile is chosen
+LARGE_ROWS = 768  # rows per expert at which the largest tile is chosen: a multiple of every tile
 NUM_CALLS, NUM_LAUNCHES = 8, 10
 NEAR = 1.01  # a smaller tile that is this close to the best one is taken: less padding
 
