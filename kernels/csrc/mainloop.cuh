@@ -45,7 +45,7 @@ __device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N 
   });
 }
 
-// Consumes the stages of one pass over k. `last_stage(address)` runs before the last stage is given back; it must not branch.
+// Consumes the stages of one pass over k. `last_stage(sum, address)` runs before the last stage is given back; it must not branch.
 template <int N, bool kL1>
 class MainLoop {
  public:
@@ -126,7 +126,7 @@ class MainLoop {
     ptx::wgmma_wait<0>();
     promote<N>(sum, d[0], data + stage_scales(N), me_.lane);
     if constexpr (!kL1 && kNum == 2) promote<N>(sum, d[1], data + stage_scales(N) + N * 4, me_.lane);
-    if (last) last_stage(data);
+    if (last) last_stage(sum, data);
     release(at);
   }
 
@@ -216,7 +216,7 @@ class MainLoop {
     }
     ptx::wgmma_wait<0>();
     promote<N>(sum, d, data + stage_scales(N), me_.lane);
-    if (last) last_stage(data);
+    if (last) last_stage(sum, data);
     release(at);
   }
 

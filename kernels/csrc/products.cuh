@@ -43,7 +43,7 @@ __device__ __forceinline__ void run_l1(MathContext& c, int first_row) {
     const uint8_t* base = c.p.w13_base + first_row + pass * kRowTile + c.row_in_tile();
     const uint8_t gate_base = __ldg(base), up_base = __ldg(base + 8);
     float sum[N / 2];
-    MainLoop<N, true>(c.ring, c.cursor, c.me).run(sum, c.p.shape.hidden / kUnitK, [](uint32_t) {});
+    MainLoop<N, true>(c.ring, c.cursor, c.me).run(sum, c.p.shape.hidden / kUnitK, [](const float (&)[N / 2], uint32_t) {});
     const float gate_scale = row_scale(gate_base), up_scale = row_scale(up_base), limit = c.p.swiglu_limit;
     if (pass == 0) c.wait_tile();
     constexpr int kBlocks = N >= 32 ? 4 : N / 8;   // 8 x 8 blocks of one store
@@ -68,7 +68,7 @@ __device__ __forceinline__ void run_l2(MathContext& c, int first_row) {
   const uint8_t* base = c.p.w2_base + first_row + c.row_in_tile();
   const uint8_t low_base = __ldg(base), high_base = __ldg(base + 8);
   float sum[N / 2];
-  MainLoop<N, false>(c.ring, c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, [&](uint32_t stage) {
+  MainLoop<N, false>(c.ring, c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, [&](float (&sum)[N / 2], uint32_t stage) {
     const uint32_t weights = stage + stage_row_weights(N) + c.me.lane % 4 * 8;
     for_each_constant<N / 8>([&](auto index) {
       constexpr int i = decltype(index)::value;
