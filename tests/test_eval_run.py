@@ -180,7 +180,14 @@ def test_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
         out = tmp_path / "run"
         args = arguments(stub, tmp_path, out, "--concurrency", "2")
         command = [sys.executable, "-c", f"from hopper_moe.eval.cli import main; main({args!r})"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        # A test run started in the background inherits an ignored SIGINT; a user's terminal does not.
+        process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while journal_lines(out) < 5:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGINT)
