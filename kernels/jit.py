@@ -74,6 +74,15 @@ def library_path(library: Library) -> Path:
     return settings().cache_dir / f"{library.name}-{cache_key(library)}" / f"{library.name}.so"
 
 
+def _nvcc(library: Library, output: Path, *options: str) -> str:
+    """Compiles a library's source to `output`; what the compiler said. Raises RuntimeError with its words if it fails."""
+    command = [str(find_nvcc()), *FLAGS, *include_flags(), *options, "-o", str(output), str(SOURCE_DIR / library.source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc could not compile {library.source}:\n{done.stderr[-4000:]}")
+    return done.stderr
+
+
 def build(name: str) -> Path:
     """Compiles one library unless the cache has it; returns its path. Raises RuntimeError with the compiler's words if it fails."""
     library = LIBRARIES[name]
@@ -87,13 +96,7 @@ def build(name: str) -> Path:
         built = Path(scratch) / "out"
         built.mkdir()
         tvm_ffi_dir = Path(libinfo.find_libtvm_ffi()).parent
-        command = [
-            str(find_nvcc()), *FLAGS, *include_flags(), "-shared", "-Xcompiler", "-fPIC", f"-L{tvm_ffi_dir}", "-ltvm_ffi",
-            "-o", str(built / target.name), str(SOURCE_DIR / library.source),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"nvcc could not compile {library.source}:\n{done.stderr[-4000:]}")
+        _nvcc(library, built / target.name, "-shared", "-Xcompiler", "-fPIC", f"-L{tvm_ffi_dir}", "-ltvm_ffi")
         try:
             os.rename(built, target.parent)
         except OSError:
@@ -113,11 +116,4 @@ def load(name: str):
 def compile_report(name: str) -> str:
     """ptxas' words about every kernel (registers, spills, serialised WGMMAs). Needs nvcc, no GPU."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [
-            str(find_nvcc()), *FLAGS, *include_flags(), "-cubin", "-Xptxas", "-v", "-o", f"{scratch}/k.cubin",
-            str(SOURCE_DIR / LIBRARIES[name].source),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"nvcc could not compile {LIBRARIES[name].source}:\n{done.stderr[-4000:]}")
-        return done.stderr
+        return _nvcc(LIBRARIES[name], Path(scratch) / "k.cubin", "-cubin", "-Xptxas", "-v")

@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
 # Order of the byte offsets that the library's workspace_layout returns (struct Workspace in csrc/layout.cuh).
 _WORKSPACE_FIELDS = (
-    "epoch", "exit_count", "expert_count", "x_ready", "h_ready", "group_done", "group_claimed", "next_task", "control_bytes", "slot_list", "x", "x_scale", "topk_ids",
-    "topk_weights", "combine", "pool_x", "pool_x_scale", "pool_weight", "pool_slot", "pool_h", "pool_h_scale", "num_bytes",
+    "epoch", "exit_count", "expert_count", "x_ready", "h_ready", "group_done", "group_claimed", "next_task", "control_bytes",
+    "slot_list", "x", "x_scale", "topk_ids", "topk_weights", "combine",
+    "pool_x", "pool_x_scale", "pool_weight", "pool_slot", "pool_h", "pool_h_scale", "num_bytes",
 )  # fmt: skip
 MAX_EXPERTS = 400  # kMaxExperts in csrc/layout.cuh: what the table in shared memory holds
 MAX_CAPACITY_SLOTS = 1 << 24  # a slot number shares 32 bits with the rank
+
+
+def _workspace_offsets(shape: list[int]) -> dict[str, int]:
+    """Byte offset of every workspace field, by name, for the integers of struct Shape in csrc/layout.cuh."""
+    return dict(zip(_WORKSPACE_FIELDS, map(int, jit.load("mega_moe")["workspace_layout"](shape)), strict=True))
 
 
 def workspace_bytes(
@@ -28,7 +34,7 @@ def workspace_bytes(
 ) -> int:
     """Bytes of device memory that a `MegaMoE` of these sizes takes besides the weights. Compiles the library if need be; needs no GPU."""
     shape = [hidden_size, intermediate_size, top_k, num_experts, num_local_experts, 0, 1, 0, num_tokens_capacity]
-    return int(jit.load("mega_moe")["workspace_layout"](shape)[_WORKSPACE_FIELDS.index("num_bytes")])
+    return _workspace_offsets(shape)["num_bytes"]
 
 
 class MegaMoE:
@@ -83,7 +89,7 @@ class MegaMoE:
         self._num_sms = properties.multi_processor_count
         self._library = jit.load("mega_moe")
         self._shape = [hidden_size, intermediate_size, top_k, num_experts, num_local_experts, first_expert, 1, 0, num_tokens_capacity]
-        self.offsets = dict(zip(_WORKSPACE_FIELDS, map(int, self._library["workspace_layout"](self._shape)), strict=True))
+        self.offsets = _workspace_offsets(self._shape)
         self.num_bytes = self.offsets["num_bytes"]
         self.workspace = torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
         self.workspace[: self.offsets["control_bytes"]].zero_()

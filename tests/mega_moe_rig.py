@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hopper_moe.kernels import reference
-from hopper_moe.kernels.benchmarks.workload import ModelShape, random_experts, random_routing, random_tokens
+from hopper_moe.kernels.benchmarks.workload import ModelShape, make_layer, random_experts, random_routing, random_tokens
 from hopper_moe.kernels.mega_moe import MegaMoE
 from hopper_moe.kernels.reference_stages import DispatchedTokens, HiddenStage
 from hopper_moe.kernels.tile_table import TileTable
@@ -60,25 +60,14 @@ class Rig:
         return compute(batch.x, batch.topk_ids, batch.topk_weights, self.packed, first_expert=self.mm.first_expert, **options)
 
     def with_tiles(self, tiles: TileTable, capacity: int) -> Rig:
-        return replace(self, mm=_mega_moe(self.shape, self.mm.num_experts, capacity, tiles=tiles))
+        return replace(self, mm=make_layer(self.shape, self.mm.num_experts, capacity, tiles=tiles))
 
 
 def make_rig(seed: int, shape: ModelShape, num_experts: int, capacity: int, **options) -> Rig:
     """Random weights. `options` go to MegaMoE (num_local_experts, first_expert, tiles)."""
     generator = torch.Generator("cuda").manual_seed(seed)
     packed = random_experts(shape, options.get("num_local_experts", num_experts), generator)
-    return Rig(shape, packed, _mega_moe(shape, num_experts, capacity, **options), generator)
-
-
-def _mega_moe(shape: ModelShape, num_experts: int, capacity: int, **options) -> MegaMoE:
-    return MegaMoE(
-        num_tokens_capacity=capacity,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_experts=num_experts,
-        top_k=shape.top_k,
-        **options,
-    )
+    return Rig(shape, packed, make_layer(shape, num_experts, capacity, **options), generator)
 
 
 def _read(mm: MegaMoE, field: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:

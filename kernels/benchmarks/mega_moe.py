@@ -20,8 +20,15 @@ from tqdm import tqdm
 
 from hopper_moe.kernels.benchmarks import measure, report
 from hopper_moe.kernels.benchmarks.options import RefusingCommand, take_lists
-from hopper_moe.kernels.benchmarks.workload import ROUTINGS, SHAPES, ModelShape, random_experts, random_routing, random_tokens
-from hopper_moe.kernels.mega_moe import MegaMoE
+from hopper_moe.kernels.benchmarks.workload import (
+    ROUTINGS,
+    SHAPES,
+    ModelShape,
+    make_layer,
+    random_experts,
+    random_routing,
+    random_tokens,
+)
 from hopper_moe.kernels.tile_table import sku_of
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.packing import PackedExperts
@@ -68,18 +75,6 @@ class LayerBenchmark:
         times = measure.replay_times(run, num_calls, NUM_LAUNCHES, graph)
         touched = statistics.mean(int(ids.unique().numel()) for ids, _ in routings)
         return times, measure.kernel_time(run, "mega_moe_kernel"), touched
-
-
-def make_layer(shape: ModelShape, num_experts: int, capacity: int, **options) -> MegaMoE:
-    """A MegaMoE of one rank with `num_experts` experts. `options` go to it."""
-    return MegaMoE(
-        num_tokens_capacity=capacity,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_experts=num_experts,
-        top_k=shape.top_k,
-        **options,
-    )
 
 
 def current_commit() -> str:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from hopper_moe.kernels import tile_table
 from hopper_moe.kernels.benchmarks import measure
-from hopper_moe.kernels.benchmarks.mega_moe import WEIGHT_COPIES, copies_of, current_commit, make_layer
+from hopper_moe.kernels.benchmarks.mega_moe import WEIGHT_COPIES, copies_of, current_commit
 from hopper_moe.kernels.benchmarks.options import RefusingCommand
-from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape, random_experts, random_tokens
+from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape, make_layer, random_experts, random_tokens
 from hopper_moe.kernels.tile_table import MAX_TILE, TILES, TileTable, forced_tile, sku_of
 from hopper_moe.moe_backends.errors import Refusal
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hopper_moe.kernels.mega_moe import MegaMoE
 from hopper_moe.quantization.packing import PackedExperts, pack_experts
 
 
@@ -75,3 +76,15 @@ def random_routing(
     ids = score.topk(top_k, dim=1).indices.to(torch.int32)
     weights = torch.rand(num_tokens, top_k, device=device, generator=generator) + 0.1
     return ids.contiguous(), (weights / weights.sum(1, keepdim=True)).contiguous()
+
+
+def make_layer(shape: ModelShape, num_experts: int, capacity: int, **options) -> MegaMoE:
+    """A MegaMoE of one rank with `num_experts` experts. `options` go to it."""
+    return MegaMoE(
+        num_tokens_capacity=capacity,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_experts=num_experts,
+        top_k=shape.top_k,
+        **options,
+    )

@@ -6,10 +6,10 @@ namespace hopper_moe {
 
 // The columns of one group, cut into units of one token x 256 columns (8 a lane).
 struct CombineGroup {
-  int index, first_column, num_columns, pieces, num_units;
+  int first_column, num_columns, pieces, num_units;
   uint32_t target;                   // (L2 task, service warp) pairs of the group
 
-  __device__ CombineGroup(const MegaMoeParams& p, const TaskList& tasks, int group) : index(group) {
+  __device__ CombineGroup(const MegaMoeParams& p, const TaskList& tasks, int group) {
     const int num_tiles = min(kGroupTiles, p.shape.num_row_tiles() - group * kGroupTiles);
     first_column = group * kGroupTiles * kRowTile;
     num_columns = num_tiles * kRowTile;

@@ -7,9 +7,6 @@
 
 namespace hopper_moe {
 
-constexpr float kAmaxFloor = 7.8886090522101181e-31f;   // 2**-100
-constexpr float kE4m3Max = 448.f;
-
 // 16-byte chunk `chunk` of row `row` in a [rows][128 B] tile with 128-byte swizzle.
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 

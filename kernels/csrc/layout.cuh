@@ -14,6 +14,9 @@ constexpr int kUnitNibbleBytes = kUnitRows * kUnitK / 2;
 constexpr int kActGroup = HM_ACT_GROUP;          // k per activation scale of x
 constexpr int kHGroup = HM_H_GROUP;              // features per activation scale of h
 constexpr int kBaseShift = HM_BASE_SHIFT;        // weight = e2m1 * 2**(delta - kBaseShift) * 2**(base + kBaseShift - 127)
+constexpr float kE4m3Max = HM_E4M3_MAX;          // what a group's largest value is scaled to
+__host__ __device__ constexpr float power_of_two(int exponent) { return exponent == 0 ? 1.f : power_of_two(exponent + 1) / 2; }   // exponent <= 0
+constexpr float kAmaxFloor = power_of_two(HM_AMAX_FLOOR_EXPONENT);   // a group of zeros has a finite kE4m3Max / amax
 static_assert(kUnitRows == 64 && kUnitK == 128 && kHGroup == 128 && kActGroup == 256, "the kernels are written for this contract");
 
 constexpr int kRowTile = 2 * kUnitRows;          // rows of a weight tile: one unit per math warpgroup

@@ -1,6 +1,8 @@
 // Pre-dispatch: one launch from BF16 rows and routing to what the fused kernel reads: E4M3 rows with scales, the list of slots per expert.
 #pragma once
-#include "epilogue.cuh"
+#include "layout.cuh"
+#include "ptx/arithmetic.cuh"
+#include "ptx/memory.cuh"
 
 namespace hopper_moe {
 

@@ -4,11 +4,8 @@
 
 namespace hopper_moe::ptx {
 
-// Orders this thread's generic-proxy accesses to shared memory against later async-proxy ones (wgmma operands, bulk copies).
-// The thread that wrote must execute it itself, before the barrier that publishes the data.
-__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// The same between generic and async proxy for global memory.
+// Orders this thread's generic-proxy accesses to global memory against async-proxy ones (bulk copies). The thread that wrote must execute it
+// itself, before the release that publishes the data; the thread that reads, after its acquire.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Release and acquire at GPU scope for everything this thread did or has observed.
