@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from hopper_moe.kernels import jit
+from hopper_moe.kernels.failure import FailureRecord
+from hopper_moe.kernels.symmetric import SymmetricBuffer, check_group
 from hopper_moe.kernels.tile_table import TileTable, table_for
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
@@ -16,11 +19,13 @@ if TYPE_CHECKING:
 
 # Order of the byte offsets that the library's workspace_layout returns (struct Workspace in csrc/layout.cuh).
 _WORKSPACE_FIELDS = (
-    "epoch", "exit_count", "expert_count", "x_ready", "h_ready", "group_done", "group_claimed", "next_task", "control_bytes",
-    "slot_list", "x", "x_scale", "topk_ids", "topk_weights", "combine",
+    "epoch", "exit_count", "gave_up", "arrived", "results_sent", "received_count", "expert_load", "expert_count", "x_ready", "h_ready",
+    "group_done", "group_claimed", "next_task", "control_bytes", "slot_list", "x", "x_scale", "topk_ids", "topk_weights",
+    "combine", "combine_scale",
     "pool_x", "pool_x_scale", "pool_weight", "pool_slot", "pool_h", "pool_h_scale", "num_bytes",
 )  # fmt: skip
 MAX_EXPERTS = 400  # kMaxExperts in csrc/layout.cuh: what the table in shared memory holds
+DEFAULT_TIMEOUT_S = 300  # a peer may still be compiling or capturing graphs
 MAX_CAPACITY_SLOTS = 1 << 24  # a slot number shares 32 bits with the rank
 
 
@@ -29,16 +34,37 @@ def _workspace_offsets(shape: list[int]) -> dict[str, int]:
     return dict(zip(_WORKSPACE_FIELDS, map(int, jit.load("mega_moe")["workspace_layout"](shape)), strict=True))
 
 
+def _wave_rows(num_ranks: int, capacity: int, top_k: int, num_local_experts: int) -> int:
+    """Pool rows of one wave: everything one rank can bring, or with several ranks 1.5 times a balanced share of a full batch, so that the
+    pools do not grow with the number of ranks; a launch that sends more rows here runs in several waves."""
+    slots = capacity * top_k
+    most = slots if num_ranks == 1 else min(num_ranks * slots, slots + slots // 2)
+    return -(-most // layout.ROW_BLOCK) * layout.ROW_BLOCK + num_local_experts * layout.ROW_BLOCK
+
+
 def workspace_bytes(
-    *, num_tokens_capacity: int, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, num_local_experts: int
+    *,
+    num_tokens_capacity: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    num_local_experts: int,
+    num_ranks: int = 1,
+    fp8_combine: bool = False,
 ) -> int:
     """Bytes of device memory that a `MegaMoE` of these sizes takes besides the weights. Compiles the library if need be; needs no GPU."""
-    shape = [hidden_size, intermediate_size, top_k, num_experts, num_local_experts, 0, 1, 0, num_tokens_capacity]
+    wave_rows = _wave_rows(num_ranks, num_tokens_capacity, top_k, num_local_experts)
+    shape = [hidden_size, intermediate_size, top_k, num_experts, num_local_experts, 0, num_ranks, 0, num_tokens_capacity, wave_rows, fp8_combine]
     return _workspace_offsets(shape)["num_bytes"]
 
 
 class MegaMoE:
     """Workspace and launch of the fused kernel for one shape; shared by all layers of a model.
+
+    With a `group` every rank brings its own tokens and holds `num_experts / num_ranks` experts; one launch moves rows and results between
+    the ranks. All ranks then construct it together and make the same sequence of calls, those without tokens too. A peer that does
+    not come within `timeout_s` ends the process's CUDA context; `failure.check()`, and every later call, raise `PeerTimeout`.
 
     Calls are CUDA-graph capturable: no allocation besides the output, no host synchronisation, fixed addresses.
     All calls on one object must be ordered on one stream (or by events): they share the workspace.
@@ -56,6 +82,10 @@ class MegaMoE:
         first_expert: int = 0,
         device: torch.device | str = "cuda",
         tiles: TileTable | None = None,
+        group: dist.ProcessGroup | None = None,
+        fp8_combine: bool = False,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        wave_rows: int | None = None,
     ) -> None:
         """Allocates the workspace; `num_bytes` says how much.
 
@@ -64,11 +94,22 @@ class MegaMoE:
             num_experts: size of the id space of `topk_ids`; this object computes the ids
                 `first_expert .. first_expert + num_local_experts - 1` (default: all), others are skipped.
             tiles: token tiles; default: the table of this GPU's SKU.
+            group: ranks that exchange tokens; rank r computes the r-th `num_experts / num_ranks` ids. None: this rank alone.
+            fp8_combine: expert outputs travel as E4M3 with one scale per 128 columns (contract section 1, options).
+            timeout_s: how long a kernel waits for a peer.
+            wave_rows: rows the pools hold, a multiple of 128; default: enough for all rows of one rank, 1.5 balanced shares of several.
+                Results do not depend on it.
 
         Raises:
-            Refusal: sizes the kernel is not built for, or a device that is no SM90 GPU.
+            Refusal: sizes the kernel is not built for, a device that is no SM90 GPU, or a group whose GPUs cannot reach each other.
         """
         layout.check_shape(hidden_size, intermediate_size, num_experts, top_k)
+        num_ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        if group is not None:
+            if num_local_experts is not None or first_expert:
+                raise Refusal("num_local_experts and first_expert follow from the group: give them only without one.")
+            num_local_experts = num_experts // num_ranks
+            first_expert = rank * num_local_experts
         num_local_experts = num_experts if num_local_experts is None else num_local_experts
         if num_experts > MAX_EXPERTS:
             raise Refusal(f"num_experts {num_experts} is above the {MAX_EXPERTS} the kernel's table holds.")
@@ -88,12 +129,27 @@ class MegaMoE:
         self.tiles = tiles if tiles is not None else table_for(properties.name)
         self._num_sms = properties.multi_processor_count
         self._library = jit.load("mega_moe")
-        self._shape = [hidden_size, intermediate_size, top_k, num_experts, num_local_experts, first_expert, 1, 0, num_tokens_capacity]
+        if group is not None:
+            check_group(group, self.device, num_experts)
+        if wave_rows is None:
+            wave_rows = _wave_rows(num_ranks, num_tokens_capacity, top_k, num_local_experts)
+        if wave_rows < layout.ROW_BLOCK or wave_rows % layout.ROW_BLOCK:
+            raise Refusal(f"wave_rows {wave_rows} is not a positive multiple of {layout.ROW_BLOCK}.")
+        # struct Shape in csrc/layout.cuh, in its order
+        self._shape = [
+            hidden_size, intermediate_size, top_k, num_experts, num_local_experts, first_expert, num_ranks, rank, num_tokens_capacity,
+            wave_rows, int(fp8_combine),
+        ]  # fmt: skip
         self.offsets = _workspace_offsets(self._shape)
         self.num_bytes = self.offsets["num_bytes"]
-        self.workspace = torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
+        self.buffer = SymmetricBuffer(self.num_bytes, self.device, group)
+        self.workspace = self.buffer.tensor
         self.workspace[: self.offsets["control_bytes"]].zero_()
-        torch.cuda.synchronize(self.device)  # zeroed before any stream may launch
+        self.buffer.barrier()  # zeroed everywhere before anybody may launch
+        self.failure = FailureRecord(rank, timeout_s)
+        self._timeout_ns = int(timeout_s * 1e9)
+        # Ids that some rank of this launch computes.
+        self._id_range = (0, num_experts) if group is not None else (first_expert, first_expert + num_local_experts)
 
     def __call__(
         self,
@@ -106,38 +162,55 @@ class MegaMoE:
         routed_scaling_factor: float = 1.0,
         num_valid_tokens: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        layer: int = -1,
     ) -> torch.Tensor:
         """The layer's routed experts on this rank's tokens.
 
         Args:
             hidden_states: bf16 [num_tokens, hidden_size], contiguous.
-            topk_ids: int32 [num_tokens, top_k], global ids; -1 or an id that is not local: skipped.
+            topk_ids: int32 [num_tokens, top_k], global ids; -1 or an id that no rank of the launch computes: skipped.
             topk_weights: float32 [num_tokens, top_k]; multiplied by `routed_scaling_factor` (1.0 when the router already did it).
             swiglu_limit: the checkpoint's clamp; None: none.
             num_valid_tokens: int32 [1] on the device: rows from it on are treated as masked (changing counts under graph replay).
             out: bf16 [num_tokens, hidden_size] to write to; default: a fresh tensor.
+            layer: named when a peer does not come.
 
         Returns:
             bf16 [num_tokens, hidden_size]; rows without a valid slot are exact zeros.
+
+        Raises:
+            Refusal: arguments that do not fit. PeerTimeout: an earlier call lost a peer.
         """
+        self.failure.check()
         num_tokens = hidden_states.shape[0]
         self._check(hidden_states, topk_ids, topk_weights, packed, num_valid_tokens, out)
         y = torch.empty_like(hidden_states) if out is None else out
-        if num_tokens == 0:
+        if num_tokens == 0 and self.buffer.num_ranks == 1:
             return y
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
             self._library["pre_dispatch"](
                 self._shape, self.workspace.data_ptr(), hidden_states.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(),
                 0 if num_valid_tokens is None else num_valid_tokens.data_ptr(), routed_scaling_factor, num_tokens, num_tokens,
-                self.first_expert, self.first_expert + self.num_local_experts, stream,
+                *self._id_range, stream,
             )  # fmt: skip
             self._library["mega_moe"](
-                self._shape, [self.workspace.data_ptr()], self.tiles.as_list(), packed.w13_packed.data_ptr(), packed.w13_base.data_ptr(),
+                self._shape, self.buffer.rank_bases, self.tiles.as_list(), packed.w13_packed.data_ptr(), packed.w13_base.data_ptr(),
                 packed.w2_packed.data_ptr(), packed.w2_base.data_ptr(), y.data_ptr(),
-                float("inf") if swiglu_limit is None else swiglu_limit, num_tokens, self._num_sms, stream,
+                float("inf") if swiglu_limit is None else swiglu_limit, num_tokens, layer, self._timeout_ns, self.failure.address,
+                self._num_sms, stream,
             )  # fmt: skip
         return y
+
+    def expert_load(self) -> torch.Tensor:
+        """int64 [num_local_experts]: slots that each local expert has computed since the workspace was made (a copy; EPLB's input)."""
+        begin = self.offsets["expert_load"]
+        return self.workspace[begin : begin + 8 * self.num_local_experts].view(torch.int64).clone()
+
+    def destroy(self) -> None:
+        """Gives the workspace back. Collective with a group. The object is unusable afterwards."""
+        del self.workspace
+        self.buffer.destroy()
 
     def _check(self, hidden_states, topk_ids, topk_weights, packed, num_valid_tokens, out) -> None:
         num_tokens = hidden_states.shape[0]

@@ -1,6 +1,6 @@
 """Times the fused FP4 layer: `python -m hopper_moe.kernels.benchmarks.mega_moe --shape flash --tokens 1 8 64 ...`.
 
-A call is the whole layer on one rank: pre-dispatch and the fused kernel. The calls of one timed launch have different tokens and
+A call is the whole layer: pre-dispatch and the fused kernel; with --ranks N on N GPUs at once, the slowest of which counts. The calls of one timed launch have different tokens and
 routing and take turns over copies of the weights, so that no call finds in the L2 cache what an earlier one has read.
 """
 
@@ -12,14 +12,17 @@ import itertools
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from hopper_moe.kernels.benchmarks import measure, report
 from hopper_moe.kernels.benchmarks.options import RefusingCommand, take_lists
+from hopper_moe.kernels.benchmarks.ranks import check_ranks, run_on_ranks
 from hopper_moe.kernels.benchmarks.workload import (
     ROUTINGS,
     SHAPES,
@@ -49,20 +52,35 @@ def copies_of(packed: PackedExperts, count: int) -> list[PackedExperts]:
     return [packed] + [PackedExperts(*(getattr(packed, name).clone() for name in fields)) for _ in range(count - 1)]
 
 
+@dataclass(frozen=True)
+class Setup:
+    """One benchmark run. `tokens`: per rank; `local_experts`: of one rank."""
+
+    shape_name: str
+    tokens: tuple[int, ...]
+    local_experts: int
+    routing: str
+    graph: bool
+    fp8_combine: bool
+    seed: int
+
+
 class LayerBenchmark:
-    """One shape on one GPU: weights, workspace, and timed calls."""
+    """One shape on one GPU, or on one rank of a group: weights, workspace, and timed calls."""
 
-    def __init__(self, shape_name: str, num_experts: int, capacity: int, routing: str, seed: int) -> None:
-        self.shape_name, self.shape, self.num_experts, self.routing = shape_name, SHAPES[shape_name], num_experts, routing
-        self.generator = torch.Generator("cuda").manual_seed(seed)
-        self.weights = copies_of(random_experts(self.shape, num_experts, self.generator), WEIGHT_COPIES)
-        self.layer = make_layer(self.shape, num_experts, capacity)
+    def __init__(self, setup: Setup, group: dist.ProcessGroup | None = None) -> None:
+        self.setup, self.shape = setup, SHAPES[setup.shape_name]
+        self.rank, self.num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.num_experts = setup.local_experts * self.num_ranks
+        self.generator = torch.Generator("cuda").manual_seed(setup.seed + self.rank)
+        self.weights = copies_of(random_experts(self.shape, setup.local_experts, self.generator), WEIGHT_COPIES)
+        self.layer = make_layer(self.shape, self.num_experts, max(setup.tokens), group=group, fp8_combine=setup.fp8_combine)
 
-    def measure(self, num_tokens: int, graph: bool) -> tuple[list[float], float, float]:
-        """(us per call of every timed launch, median us of the fused kernel alone, mean number of touched experts)."""
+    def measure(self, num_tokens: int) -> tuple[list[float], float, float]:
+        """(us per call of every timed launch, median us of the fused kernel alone, mean number of experts touched here)."""
         shape, num_calls = self.shape, calls_per_launch(num_tokens)
         routings = [
-            random_routing(num_tokens, self.num_experts, shape.top_k, self.routing, self.generator) for _ in range(num_calls)
+            random_routing(num_tokens, self.num_experts, shape.top_k, self.setup.routing, self.generator) for _ in range(num_calls)
         ]
         inputs = [(random_tokens(shape, num_tokens, self.generator), *routing) for routing in routings]
         y = torch.empty(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
@@ -72,9 +90,25 @@ class LayerBenchmark:
             for (x, ids, topk_weights), packed in zip(inputs, weights, strict=True):
                 self.layer(x, ids, topk_weights, packed, swiglu_limit=shape.swiglu_limit, out=y)
 
-        times = measure.replay_times(run, num_calls, NUM_LAUNCHES, graph)
-        touched = statistics.mean(int(ids.unique().numel()) for ids, _ in routings)
+        self.layer.buffer.barrier()
+        times = measure.replay_times(run, num_calls, NUM_LAUNCHES, self.setup.graph)
+        touched = statistics.mean(self._num_touched(ids) for ids, _ in routings)
+        self.layer.buffer.barrier()
         return times, measure.kernel_time(run, "mega_moe_kernel"), touched
+
+    def _num_touched(self, ids: torch.Tensor) -> int:
+        """Local experts that some rank's tokens chose."""
+        chosen = torch.bincount(ids.flatten().long(), minlength=self.num_experts)
+        if self.num_ranks > 1:
+            dist.all_reduce(chosen)
+        return int((chosen.chunk(self.num_ranks)[self.rank] > 0).sum())
+
+
+def measure_rank(group: dist.ProcessGroup | None, setup: Setup) -> list[tuple[list[float], float, float]]:
+    """`LayerBenchmark.measure` for every token count, on one rank."""
+    benchmark = LayerBenchmark(setup, group)
+    sizes = tqdm(setup.tokens, desc=f"{setup.shape_name} {setup.routing}", unit="size", disable=benchmark.rank > 0)
+    return [benchmark.measure(num_tokens) for num_tokens in sizes]
 
 
 def current_commit() -> str:
@@ -89,14 +123,13 @@ def current_commit() -> str:
 
 def check_run(ranks: int, tokens: tuple[int, ...], local_experts: int, shape: ModelShape) -> None:
     """Raises Refusal for a run that cannot be."""
-    if ranks != 1:
-        raise Refusal(f"--ranks {ranks}: the fused kernel runs on one rank so far, so give --ranks 1.")
     if min(tokens) < 1:
         raise Refusal(f"--tokens {min(tokens)} is below 1: there is nothing to time.")
     if local_experts < shape.top_k:
         raise Refusal(f"--local-experts {local_experts} is below top_k {shape.top_k}: a token needs that many distinct experts.")
     if not torch.cuda.is_available():
         raise Refusal("this machine has no CUDA GPU: benchmarks need an SM90 GPU (H20, H100, H200).")
+    check_ranks(ranks)
 
 
 def deep_gemm_note() -> str:
@@ -118,10 +151,11 @@ def deep_gemm_note() -> str:
 @click.command(cls=RefusingCommand)
 @click.option("--shape", "shape_name", type=click.Choice(list(SHAPES)), required=True, help="Layer of which model.")
 @click.option("--tokens", type=int, multiple=True, required=True, help="Tokens per rank; several may follow: --tokens 1 8 64.")
-@click.option("--ranks", type=int, default=1, show_default=True, help="GPUs. Only 1 so far.")
+@click.option("--ranks", type=int, default=1, show_default=True, help="GPUs, one rank each.")
 @click.option("--local-experts", type=int, help="Experts of a rank.  [default: 32 Flash, V3; 48 Pro, V4.1-Flash: EP 8]")
 @click.option("--routing", type=click.Choice(ROUTINGS), default="uniform", show_default=True, help="How tokens choose experts.")
 @click.option("--graph/--no-graph", default=True, show_default=True, help="Time CUDA graphs, or eager calls.")
+@click.option("--fp8-combine", is_flag=True, help="Expert outputs travel as E4M3 (changes the result).")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON lines and the plot.")
 @click.option(
     "--compare", type=click.Choice(["deep_gemm"]), help="Also time the installed DeepGEMM FP8 MegaMoE, when it is there."
@@ -135,6 +169,7 @@ def main(
     local_experts: int | None,
     routing: str,
     graph: bool,
+    fp8_combine: bool,
     out: Path | None,
     compare: str | None,
     commit: str | None,
@@ -153,15 +188,17 @@ def main(
         click.echo(deep_gemm_note())
     sku = sku_of(torch.cuda.get_device_name())
     hbm, fp8 = measure.hbm_read_tbps(), measure.fp8_matmul_tflops()
-    benchmark = LayerBenchmark(shape_name, num_experts, max(tokens), routing, seed)
+    setup = Setup(shape_name, tokens, num_experts, routing, graph, fp8_combine, seed)
+    by_rank = [measure_rank(None, setup)] if ranks == 1 else run_on_ranks(ranks, measure_rank, setup)
     rows, alone = [], []
-    for num_tokens in tqdm(tokens, desc=f"{shape_name} {routing}", unit="size"):
-        times, kernel_us, touched = benchmark.measure(num_tokens, graph)
+    for num_tokens, measured in zip(tokens, zip(*by_rank, strict=True), strict=True):
+        slowest = max(statistics.median(times) for times, _, _ in measured)
+        times, kernel_us, touched = measured[0]
         median, p10, p90 = measure.spread(times)
         alone.append(kernel_us)
         rows.append(
             report.Measurement(
-                kernel=KERNEL,
+                kernel=KERNEL + ("+fp8_combine" if fp8_combine else ""),
                 sku=sku,
                 shape=shape_name,
                 ranks=ranks,
@@ -173,7 +210,7 @@ def main(
                 us_median=round(median, 2),
                 us_p10=round(p10, 2),
                 us_p90=round(p90, 2),
-                us_max=round(median, 2),  # of one rank
+                us_max=round(slowest, 2),
                 weights_tbps=round(report.weight_bytes(shape, touched) / median / 1e6, 3),
                 hbm_read_tbps=round(hbm, 3),
                 tflops=round(report.layer_flops(shape, num_tokens) / median / 1e6, 2),
@@ -185,12 +222,13 @@ def main(
     click.echo(
         f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: "
         f"HBM read {hbm:.2f} TB/s, FP8 matmul {fp8:.0f} TFLOP/s\n"
-        f"{shape_name}: {num_experts} local experts, {routing} routing, {'CUDA graph' if graph else 'eager'}, "
+        f"{shape_name}: {ranks} rank{'s' * (ranks > 1)} of {num_experts} experts, {routing} routing, {'CUDA graph' if graph else 'eager'}, "
         f"room for {max(tokens)} tokens, {NUM_LAUNCHES} launches of {calls} calls each\n"
         f"us/call: pre-dispatch and fused kernel; kernel us: fused kernel alone\n{report.table(rows, alone)}"
     )
     if out is not None:
-        keep(rows, out / f"{sku.lower()}_{shape_name}_{routing}{'' if graph else '_eager'}")
+        variant = f"{'_fp8_combine' * fp8_combine}{'' if graph else '_eager'}"
+        keep(rows, out / f"{sku.lower()}{f'x{ranks}' * (ranks > 1)}_{shape_name}_{routing}{variant}")
 
 
 def keep(rows: list[report.Measurement], stem: Path) -> None:

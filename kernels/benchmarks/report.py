@@ -84,6 +84,7 @@ def table(rows: Sequence[Measurement], kernel_us: Sequence[float | None] | None 
         "us/call",
         "p10",
         "p90",
+        "slowest",
         "kernel us",
         "floor us",
         "of floor",
@@ -95,7 +96,7 @@ def table(rows: Sequence[Measurement], kernel_us: Sequence[float | None] | None 
     )
     lines = []
     for row, alone in zip(rows, kernel_us or [None] * len(rows), strict=True):
-        us = (f"{value:.1f}" for value in (row.us_median, row.us_p10, row.us_p90))
+        us = (f"{value:.1f}" for value in (row.us_median, row.us_p10, row.us_p90, row.us_max))
         memory = (f"{row.weights_tbps:.2f}", f"{row.weights_tbps / row.hbm_read_tbps:.0%}")
         compute = (f"{row.tflops:.1f}", f"{row.tflops / row.fp8_matmul_tflops:.0%}")
         floor = (f"{row.floor_us:.1f}", f"{row.floor_us / row.us_median:.0%}", f"{row.touched_experts:.1f}")
@@ -117,7 +118,7 @@ def plot(rows: Sequence[Measurement], path: Path) -> None:
         points.sort(key=lambda row: row.tokens)
         tokens = [row.tokens for row in points]
         label = f"{kernel} {shape}, {ranks} rank{'s' * (ranks > 1)}, {routing}{'' if graph else ', eager'}"
-        (line,) = axes.plot(tokens, [row.us_median for row in points], "o-", label=label)
+        (line,) = axes.plot(tokens, [row.us_max for row in points], "o-", label=label)
         axes.fill_between(
             tokens, [row.us_p10 for row in points], [row.us_p90 for row in points], color=line.get_color(), alpha=0.2
         )

@@ -16,10 +16,10 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) TVM_FFI_THROW(RuntimeError) << what << ": " << cudaGetErrorString(error);
 }
 
-// [hidden, intermediate, top_k, num_experts, num_local_experts, first_expert, num_ranks, rank, capacity], as Shape declares them.
+// The integers of struct Shape, in its order.
 Shape to_shape(const tvm::ffi::Array<int64_t>& v) {
   auto at = [&](int i) { return static_cast<int>(v[i]); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10)};
 }
 
 // The kernels begin with griddepcontrol.wait, so their launch may overlap the end of whatever runs before them on the stream.
@@ -41,8 +41,8 @@ void launch(void (*kernel)(Params), const Params& params, int num_blocks, int nu
 // Byte offsets in the order of the Workspace struct's members, the total last.
 tvm::ffi::Array<int64_t> workspace_layout(tvm::ffi::Array<int64_t> shape) {
   const Workspace w(to_shape(shape));
-  return {w.epoch, w.exit_count, w.expert_count, w.x_ready, w.h_ready, w.group_done, w.group_claimed, w.next_task, w.control_bytes, w.slot_list, w.x, w.x_scale,
-          w.topk_ids, w.topk_weights, w.combine, w.pool_x, w.pool_x_scale, w.pool_weight, w.pool_slot, w.pool_h, w.pool_h_scale, w.num_bytes};
+  return {w.epoch, w.exit_count, w.gave_up, w.arrived, w.results_sent, w.received_count, w.expert_load, w.expert_count, w.x_ready, w.h_ready, w.group_done,
+          w.group_claimed, w.next_task, w.control_bytes, w.slot_list, w.x, w.x_scale, w.topk_ids, w.topk_weights, w.combine, w.combine_scale, w.pool_x, w.pool_x_scale, w.pool_weight, w.pool_slot, w.pool_h, w.pool_h_scale, w.num_bytes};
 }
 
 void pre_dispatch(tvm::ffi::Array<int64_t> shape, int64_t workspace, int64_t hidden_states, int64_t topk_ids, int64_t topk_weights,
@@ -65,10 +65,10 @@ void pre_dispatch(tvm::ffi::Array<int64_t> shape, int64_t workspace, int64_t hid
   launch(pre_dispatch_kernel, params, static_cast<int>(num_padded_tokens), kPreDispatchThreads, 0, reinterpret_cast<cudaStream_t>(stream));
 }
 
-// tile_table: max_tile, then tail_tile[0..16]. rank_bases: workspaces of all ranks.
+// tile_table: max_tile, then tail_tile[0..16]. rank_bases: workspaces of all ranks. failure: pinned host memory for a PeerFailure.
 void mega_moe(tvm::ffi::Array<int64_t> shape, tvm::ffi::Array<int64_t> rank_bases, tvm::ffi::Array<int64_t> tile_table, int64_t w13_packed,
-              int64_t w13_base, int64_t w2_packed, int64_t w2_base, int64_t y, double swiglu_limit, int64_t num_tokens, int64_t num_sms,
-              int64_t stream) {
+              int64_t w13_base, int64_t w2_packed, int64_t w2_base, int64_t y, double swiglu_limit, int64_t num_tokens, int64_t layer, int64_t timeout_ns,
+              int64_t failure, int64_t num_sms, int64_t stream) {
   const Shape s = to_shape(shape);
   MegaMoeParams params{s,
                        Workspace(s),
@@ -80,14 +80,16 @@ void mega_moe(tvm::ffi::Array<int64_t> shape, tvm::ffi::Array<int64_t> rank_base
                        reinterpret_cast<const uint8_t*>(w2_packed),
                        reinterpret_cast<const uint8_t*>(w2_base),
                        reinterpret_cast<uint16_t*>(y),
-                       {}};
+                       {},
+                       static_cast<int>(layer),
+                       static_cast<uint64_t>(timeout_ns),
+                       reinterpret_cast<PeerFailure*>(failure)};
   params.tiles.max_tile = static_cast<int>(tile_table[0]);
   for (int i = 0; i <= kMaxTokenTile / 8; ++i) params.tiles.tail_tile[i] = static_cast<uint8_t>(tile_table[1 + i]);
   for (int rank = 0; rank < s.num_ranks; ++rank) params.rank_base[rank] = reinterpret_cast<uint8_t*>(rank_bases[rank]);
-  static const cudaError_t attribute =
-      cudaFuncSetAttribute(mega_moe_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedStorage));
-  check(attribute, "shared memory of mega_moe");
-  launch(mega_moe_kernel, params, static_cast<int>(num_sms), kNumThreads, sizeof(SharedStorage), reinterpret_cast<cudaStream_t>(stream));
+  const auto kernel = s.fp8_combine ? mega_moe_kernel<true> : mega_moe_kernel<false>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedStorage)), "shared memory of mega_moe");
+  launch(kernel, params, static_cast<int>(num_sms), kNumThreads, sizeof(SharedStorage), reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ struct CombineGroup {
   uint32_t target;                   // (L2 task, service warp) pairs of the group
 
   __device__ CombineGroup(const MegaMoeParams& p, const TaskList& tasks, int group) {
-    const int num_tiles = min(kGroupTiles, p.shape.num_row_tiles() - group * kGroupTiles);
+    const int num_tiles = TaskList::group_width(p.shape, group);
     first_column = group * kGroupTiles * kRowTile;
     num_columns = num_tiles * kRowTile;
     pieces = ceil_div(num_columns, 256);
@@ -19,7 +19,54 @@ struct CombineGroup {
   }
 };
 
+// Eight columns of a combine slot on their way to the sum. Loads are started long before they are used.
+struct Bf16Slots {
+  struct Piece {
+    uint4 v;
+  };
+  const uint16_t* slots;
+  int64_t stride;
+  __device__ Bf16Slots(const MegaMoeParams& p, int token, int column)
+      : slots(p.local<uint16_t>(p.ws.combine) + int64_t{token} * p.shape.top_k * p.shape.hidden + column), stride(p.shape.hidden) {}
+  __device__ __forceinline__ Piece load(int k) const { return {ptx::load_l2(slots + k * stride)}; }
+  __device__ static __forceinline__ void add(float (&sum)[8], const Piece& piece) {
+    const uint32_t words[4] = {piece.v.x, piece.v.y, piece.v.z, piece.v.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      sum[2 * w] += ptx::bf16_low(words[w]);
+      sum[2 * w + 1] += ptx::bf16_high(words[w]);
+    }
+  }
+};
+
+struct E4m3Slots {
+  struct Piece {
+    uint2 q;
+    float scale;
+  };
+  const uint8_t* slots;
+  const float* scales;
+  int64_t stride, scale_stride;
+  __device__ E4m3Slots(const MegaMoeParams& p, int token, int column)
+      : slots(p.local<uint8_t>(p.ws.combine) + int64_t{token} * p.shape.top_k * p.shape.hidden + column),
+        scales(p.local<float>(p.ws.combine_scale) + int64_t{token} * p.shape.top_k * p.shape.num_combine_groups() + column / kCombineGroup),
+        stride(p.shape.hidden), scale_stride(p.shape.num_combine_groups()) {}
+  __device__ __forceinline__ Piece load(int k) const {
+    return {__ldcg(reinterpret_cast<const uint2*>(slots + k * stride)), __ldcg(scales + k * scale_stride)};
+  }
+  __device__ static __forceinline__ void add(float (&sum)[8], const Piece& piece) {
+    const uint32_t words[2] = {piece.q.x, piece.q.y};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float2 v = ptx::from_e4m3x2(static_cast<uint16_t>(words[w / 2] >> w % 2 * 16));
+      sum[2 * w] = __fadd_rn(sum[2 * w], __fmul_rn(v.x, piece.scale));
+      sum[2 * w + 1] = __fadd_rn(sum[2 * w + 1], __fmul_rn(v.y, piece.scale));
+    }
+  }
+};
+
 // Sums the slots of one unit's token in ascending order. Every L2 task of the group has stored its rows.
+template <typename Slots>
 __device__ inline void combine_unit(const MegaMoeParams& p, const CombineGroup& group, int unit, int lane) {
   const Shape& s = p.shape;
   const int token = unit / group.pieces, offset = (unit - token * group.pieces) * 256 + lane * 8;
@@ -27,25 +74,20 @@ __device__ inline void combine_unit(const MegaMoeParams& p, const CombineGroup& 
   uint32_t valid = __ballot_sync(~0u, id >= 0);
   if (offset >= group.num_columns) return;
   const int column = group.first_column + offset;
-  const uint16_t* slots = p.local<uint16_t>(p.ws.combine) + int64_t{token} * s.top_k * s.hidden + column;
+  const Slots slots(p, token, column);
   float sum[8] = {};
   while (valid) {
-    uint4 v[4];
+    typename Slots::Piece v[4];
     uint32_t rest = valid;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {    // four loads in flight
-      if (rest) v[i] = ptx::load_l2(slots + int64_t{__ffs(rest) - 1} * s.hidden);
+      if (rest) v[i] = slots.load(__ffs(rest) - 1);
       rest &= rest - 1;
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (!valid) break;
-      const uint32_t words[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        sum[2 * w] += ptx::bf16_low(words[w]);
-        sum[2 * w + 1] += ptx::bf16_high(words[w]);
-      }
+      Slots::add(sum, v[i]);
       valid &= valid - 1;
     }
   }
@@ -58,10 +100,11 @@ __device__ inline void combine_unit(const MegaMoeParams& p, const CombineGroup& 
 }
 
 // Units are claimed, a few at a time, by whichever warp is free: service warps while tiles are on their way, every warp at the end.
+template <typename Slots>
 class Combiner {
  public:
-  __device__ Combiner(const MegaMoeParams& p, const TaskList& tasks, int lane, uint32_t parity)
-      : p_(p), tasks_(tasks), lane_(lane), done_(p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups()),
+  __device__ Combiner(const MegaMoeParams& p, const TaskList& tasks, int lane, uint32_t launch, uint32_t parity)
+      : p_(p), tasks_(tasks), lane_(lane), launch_(launch), done_(p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups()),
         claimed_(p.local<uint32_t>(p.ws.group_claimed) + parity * p.shape.num_column_groups()) {}
 
   __device__ __forceinline__ bool finished() const { return group_ >= p_.shape.num_column_groups(); }
@@ -71,15 +114,8 @@ class Combiner {
     if (!ready_) skip_claimed();
     if (finished()) return false;
     const CombineGroup group(p_, tasks_, group_);
-    if (!ready_) {
-      if (wait) {
-        if (lane_ == 0) ptx::wait_at_least(done_ + group_, group.target);
-        __syncwarp();
-      } else if (!__all_sync(~0u, ptx::load_acquire_gpu(done_ + group_) >= group.target)) {
-        return false;
-      }
-      ready_ = true;
-    }
+    if (!ready_ && !has_rows(group, wait)) return false;
+    ready_ = true;
     // Few units: one each, so that every warp gets a share.
     const int num = group.num_units > kManyUnits ? 4 : 1;
     uint32_t first = 0;
@@ -90,12 +126,30 @@ class Combiner {
       return true;
     }
     const int last = min(static_cast<int>(first) + num, group.num_units);
-    for (int unit = first; unit < last; ++unit) combine_unit(p_, group, unit, lane_);
+    for (int unit = first; unit < last; ++unit) combine_unit<Slots>(p_, group, unit, lane_);
     return true;
   }
 
  private:
   static constexpr int kManyUnits = 8192;
+
+  // Whether every rank has stored its rows of the group.
+  __device__ __forceinline__ bool has_rows(const CombineGroup& group, bool wait) const {
+    const int num_ranks = p_.shape.num_ranks;
+    bool there = true;
+    if (num_ranks > 1) {
+      if (lane_ < num_ranks) {
+        const uint32_t* sent = p_.local<uint32_t>(p_.ws.results_sent) + lane_ * p_.shape.num_column_groups() + group_;
+        if (wait) wait_for_peer(p_, sent, launch_, PeerStep::kResults, lane_);
+        there = wait || has_reached(sent, launch_);
+      }
+    } else if (wait) {
+      if (lane_ == 0) ptx::wait_at_least(done_ + group_, group.target);
+    } else {
+      there = ptx::load_acquire_gpu(done_ + group_) >= group.target;
+    }
+    return __all_sync(~0u, there);
+  }
 
   // Moves on to the first group with unclaimed units: one look at all counters instead of one atomic operation a group and warp.
   __device__ __forceinline__ void skip_claimed() {
@@ -116,6 +170,7 @@ class Combiner {
   const MegaMoeParams& p_;
   const TaskList& tasks_;
   const int lane_;
+  const uint32_t launch_;
   const uint32_t* done_;
   uint32_t* claimed_;
   int group_ = 0;

@@ -71,7 +71,8 @@ constexpr int kFirstRowsPerCta = 12;
 struct DispatchPlan {
   int num_rows, num_first;
   __device__ DispatchPlan(const MegaMoeParams& p, const ExpertTable& table)
-      : num_rows(table.slot_base[p.shape.num_local_experts]), num_first(min(num_rows, kFirstRowsPerCta * static_cast<int>(gridDim.x))) {}
+      : num_rows(table.slot_base[p.shape.num_local_experts]),
+        num_first(min(WaveBegin(table, p, 1).slot, kFirstRowsPerCta * static_cast<int>(gridDim.x))) {}
 };
 
 template <int kInFlight>
@@ -80,5 +81,40 @@ __device__ __forceinline__ void dispatch_first(const MegaMoeParams& p, const Exp
   const DispatchPlan plan(p, table);
   for (int row = worker; row < plan.num_first; row += num_workers) dispatch_row<kInFlight>(p, table, x_ready, row, lane);
 }
+
+// Which rows may be dispatched now: those of a later wave overwrite the pools of the wave before. For whole warps.
+class WaveGate {
+ public:
+  __device__ WaveGate(const MegaMoeParams& p, const ExpertTable& table, uint32_t parity, int lane)
+      : p_(p), table_(table), group_done_(p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups()), lane_(lane),
+        next_(table, p, 1) {}
+
+  __device__ __forceinline__ bool admits(int slot) {
+    while (slot >= next_.slot) {
+      if (!products_done(next_.block)) return false;
+      next_ = WaveBegin(table_, p_, ++wave_ + 1);
+    }
+    return true;
+  }
+
+ private:
+  // All L2 tasks of the blocks before `end_block` are done; no later block's can be, before these.
+  __device__ __forceinline__ bool products_done(int end_block) const {
+    const Shape& s = p_.shape;
+    bool done = true;
+    for (int group = lane_; group < s.num_column_groups(); group += 32) {
+      const uint32_t target = static_cast<uint32_t>(end_block) * TaskList::group_width(s, group) * kServiceWarps;
+      done = done && ptx::load_acquire_gpu(group_done_ + group) >= target;
+    }
+    return __all_sync(~0u, done);
+  }
+
+  const MegaMoeParams& p_;
+  const ExpertTable& table_;
+  const uint32_t* group_done_;
+  const int lane_;
+  int wave_ = 0;
+  WaveBegin next_;
+};
 
 }  // namespace hopper_moe

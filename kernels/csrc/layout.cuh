@@ -13,11 +13,12 @@ constexpr int kUnitBytes = HM_UNIT_BYTES;        // nibbles + scale deltas
 constexpr int kUnitNibbleBytes = kUnitRows * kUnitK / 2;
 constexpr int kActGroup = HM_ACT_GROUP;          // k per activation scale of x
 constexpr int kHGroup = HM_H_GROUP;              // features per activation scale of h
+constexpr int kCombineGroup = HM_COMBINE_GROUP;  // columns per scale of an FP8 combine slot
 constexpr int kBaseShift = HM_BASE_SHIFT;        // weight = e2m1 * 2**(delta - kBaseShift) * 2**(base + kBaseShift - 127)
 constexpr float kE4m3Max = HM_E4M3_MAX;          // what a group's largest value is scaled to
 __host__ __device__ constexpr float power_of_two(int exponent) { return exponent == 0 ? 1.f : power_of_two(exponent + 1) / 2; }   // exponent <= 0
 constexpr float kAmaxFloor = power_of_two(HM_AMAX_FLOOR_EXPONENT);   // a group of zeros has a finite kE4m3Max / amax
-static_assert(kUnitRows == 64 && kUnitK == 128 && kHGroup == 128 && kActGroup == 256, "the kernels are written for this contract");
+static_assert(kUnitRows == 64 && kUnitK == 128 && kHGroup == 128 && kActGroup == 256 && kCombineGroup == 128, "the kernels are written for this contract");
 
 constexpr int kRowTile = 2 * kUnitRows;          // rows of a weight tile: one unit per math warpgroup
 constexpr int kRowTileBytes = 2 * kUnitBytes;    // per k block
@@ -34,6 +35,8 @@ struct Shape {
   int num_local_experts, first_expert;           // of this rank
   int num_ranks, rank;
   int capacity;                                  // tokens per rank the workspace has room for
+  int wave_rows;                                 // pool rows of one wave; a launch with more rows reuses the pools, wave after wave
+  int fp8_combine;                               // slots travel as E4M3 with a scale per kCombineGroup columns, not as BF16
 
   __host__ __device__ int num_scale_groups() const { return ceil_div(hidden, kActGroup); }
   __host__ __device__ int num_features_tiles() const { return intermediate / kHGroup; }      // L1 tasks of one token block
@@ -41,8 +44,11 @@ struct Shape {
   __host__ __device__ int num_column_groups() const { return ceil_div(num_row_tiles(), kGroupTiles); }
   __host__ __device__ int list_stride() const { return capacity * top_k; }
   // Every expert's rows are padded to a whole token tile.
-  __host__ __device__ int64_t pool_rows() const { return int64_t{num_ranks} * capacity * top_k + int64_t{num_local_experts} * kMaxTokenTile; }
-  __host__ __device__ int max_blocks() const { return static_cast<int>(pool_rows() / 8); }   // token tiles are at least 8 wide
+  __host__ __device__ int64_t max_rows() const { return int64_t{num_ranks} * capacity * top_k + int64_t{num_local_experts} * kMaxTokenTile; }
+  __host__ __device__ int max_blocks() const { return static_cast<int>(max_rows() / 8); }   // token tiles are at least 8 wide
+  // A wave's last block may reach beyond it.
+  __host__ __device__ int64_t pool_rows() const { return int64_t{wave_rows} + kMaxTokenTile; }
+  __host__ __device__ int num_combine_groups() const { return fp8_combine ? hidden / kCombineGroup : 0; }
 };
 
 // Byte offsets into a rank's workspace. Peers read and write the first part; the second is private.
@@ -50,6 +56,11 @@ struct Workspace {
   // control, zero before the first launch
   int64_t epoch;            // u32: launches so far; its parity picks the counters in use
   int64_t exit_count;       // u32: CTAs that left the running launch
+  int64_t gave_up;          // u32: some thread has reported a missing peer
+  int64_t arrived;          // u32 [num_ranks]: last launch whose counts that rank has sent here
+  int64_t results_sent;     // u32 [num_ranks][column groups]: last launch whose rows of the group that rank has sent here
+  int64_t received_count;   // u32 [2][num_ranks][num_local_experts]: slots that rank asks of this rank's experts
+  int64_t expert_load;      // u64 [num_local_experts]: slots computed since the workspace was made
   int64_t expert_count;     // u32 [2][num_experts]: slots this rank's tokens ask of every expert
   int64_t x_ready;          // u32 [2][max_blocks]: pool rows written
   int64_t h_ready;          // u32 [2][max_blocks]: (L1 task, service warp) pairs finished
@@ -63,8 +74,9 @@ struct Workspace {
   int64_t x_scale;          // f32 [capacity][scale groups]
   int64_t topk_ids;         // i32 [capacity][top_k]
   int64_t topk_weights;     // f32 [capacity][top_k]
-  int64_t combine;          // BF16 [capacity][top_k][hidden]
-  // pools of this rank's experts; a token block of N rows starting at row r begins at r times the row size
+  int64_t combine;          // BF16, or E4M3, [capacity][top_k][hidden]: written by the ranks of the slots' experts
+  int64_t combine_scale;    // f32 [capacity][top_k][combine groups]
+  // pools of this rank's experts; a token block of N rows whose wave puts it at row r begins at r times the row size
   int64_t pool_x;           // E4M3 [block][hidden / 128][N][128], 128-byte swizzle
   int64_t pool_x_scale;     // f32  [block][scale groups][N]
   int64_t pool_weight;      // f32  [row]: routing weight
@@ -82,6 +94,11 @@ struct Workspace {
     };
     epoch = take(4);
     exit_count = take(4);
+    gave_up = take(4);
+    arrived = take(int64_t{4} * s.num_ranks);
+    results_sent = take(int64_t{4} * s.num_ranks * s.num_column_groups());
+    received_count = take(int64_t{8} * s.num_ranks * s.num_local_experts);
+    expert_load = take(int64_t{8} * s.num_local_experts);
     expert_count = take(int64_t{8} * s.num_experts);
     x_ready = take(int64_t{8} * s.max_blocks());
     h_ready = take(int64_t{8} * s.max_blocks());
@@ -94,7 +111,8 @@ struct Workspace {
     x_scale = take(int64_t{4} * s.capacity * s.num_scale_groups());
     topk_ids = take(int64_t{4} * s.capacity * s.top_k);
     topk_weights = take(int64_t{4} * s.capacity * s.top_k);
-    combine = take(int64_t{2} * s.capacity * s.top_k * s.hidden);
+    combine = take(int64_t{s.fp8_combine ? 1 : 2} * s.capacity * s.top_k * s.hidden);
+    combine_scale = take(int64_t{4} * s.capacity * s.top_k * s.num_combine_groups());
     pool_x = take(s.pool_rows() * s.hidden);
     pool_x_scale = take(4 * s.pool_rows() * s.num_scale_groups());
     pool_weight = take(4 * s.pool_rows());
@@ -111,6 +129,13 @@ struct TileTable {
   uint8_t tail_tile[kMaxTokenTile / 8 + 1];
 };
 
+// What a rank says, in host memory, before it stops because a peer did not come.
+struct PeerFailure {
+  uint32_t reported;                  // 1 once the rest is valid
+  uint32_t step;                      // a PeerStep
+  uint32_t missing_rank, layer, launch;
+};
+
 struct MegaMoeParams {
   Shape shape;
   Workspace ws;
@@ -120,6 +145,9 @@ struct MegaMoeParams {
   const uint8_t *w13_packed, *w13_base, *w2_packed, *w2_base;
   uint16_t* y;                        // BF16 [num_tokens][hidden]
   uint8_t* rank_base[kMaxRanks];      // workspaces of all ranks
+  int layer;                          // for messages
+  uint64_t timeout_ns;                // how long to wait for a peer
+  PeerFailure* failure;               // pinned host memory
 
   template <typename T>
   __device__ T* local(int64_t offset) const { return reinterpret_cast<T*>(rank_base[shape.rank] + offset); }

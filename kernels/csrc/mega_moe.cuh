@@ -1,5 +1,7 @@
 // The fused MoE kernel for SM90: dispatch, L1, SwiGLU, requantisation, L2 and combine in one persistent launch. See kernels/README.md.
 #pragma once
+#include <type_traits>
+
 #include "products.cuh"
 #include "service.cuh"
 
@@ -29,7 +31,22 @@ __device__ inline void clear_next_counters(const MegaMoeParams& p, uint32_t pari
   clear(p.ws.next_task, 1);
 }
 
+// Adds the launch's slots to the experts' statistics. `thread` of `num_threads` of one CTA.
+__device__ inline void count_load(const MegaMoeParams& p, const ExpertTable& table, int thread, int num_threads) {
+  if (blockIdx.x != gridDim.x - 1) return;
+  auto* load = p.local<unsigned long long>(p.ws.expert_load);
+  for (int i = thread; i < p.shape.num_local_experts; i += num_threads) load[i] += table.slot_base[i + 1] - table.slot_base[i];
+}
+
+// A rank whose experts nobody chose has no last task to speak for it.
+__device__ inline void announce_nothing(const MegaMoeParams& p, uint32_t launch, int warp, int lane) {
+  for (int group = warp; group < p.shape.num_column_groups(); group += kServiceWarps) announce_results(p, group, launch, lane);
+}
+
+// kFp8Combine: as Shape::fp8_combine says.
+template <bool kFp8Combine>
 __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_constant__ MegaMoeParams p) {
+  using CombinerOf = Combiner<std::conditional_t<kFp8Combine, E4m3Slots, Bf16Slots>>;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(shared_memory);
   const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -43,7 +60,8 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
     ptx::fence_mbarrier_init();
   }
   ptx::grid_dependency_wait();   // pre-dispatch: tokens, lists and counts
-  const uint32_t parity = __ldcg(p.local<uint32_t>(p.ws.epoch)) & 1;
+  const uint32_t epoch = __ldcg(p.local<uint32_t>(p.ws.epoch)), launch = epoch + 1, parity = epoch & 1;
+  if (p.shape.num_ranks > 1) exchange_counts(p, launch, parity);
   build_expert_table(smem.experts, p, parity);   // ends with __syncthreads
   const TaskList tasks(smem.experts, p);
 
@@ -53,15 +71,17 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
                       (kMathWarps + kServiceWarps) * gridDim.x, lane);
     MathContext c{p, smem, ring, tile, {warp / 4, warp % 4, lane}};
     run_math(c, feed, warp_uniform(tasks.num_tasks));
-    Combiner combiner(p, tasks, lane, parity);
+    CombinerOf combiner(p, tasks, lane, launch, parity);
     while (!combiner.finished()) combiner.step(true);
   } else {
     ptx::set_max_registers_down<kOtherRegisters>();
-    Combiner combiner(p, tasks, lane, parity);
+    CombinerOf combiner(p, tasks, lane, launch, parity);
     if (warp < kFirstProducerWarp) {
       const int part = warp - kMathWarps, num_threads = kServiceWarps * 32;
       clear_next_counters(p, parity, blockIdx.x * num_threads + part * 32 + lane, gridDim.x * num_threads);
-      serve(p, smem, tile, tasks, combiner, feed, parity, part, lane);
+      count_load(p, smem.experts, part * 32 + lane, num_threads);
+      if (tasks.num_blocks == 0 && p.shape.num_ranks > 1 && blockIdx.x == 0) announce_nothing(p, launch, part, lane);
+      serve<Epilogue<kFp8Combine>>(p, smem, tile, tasks, combiner, feed, launch, parity, part, lane);
     } else if (lane == 0) {
       if (warp == kFirstProducerWarp) {
         produce_weights(p, smem.experts, tasks, ring, feed, parity);

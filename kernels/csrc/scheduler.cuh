@@ -14,7 +14,7 @@ struct ExpertTable {                 // in shared memory; entry [num_local_exper
 
 struct TokenBlock {
   int expert, index;                 // local expert; block number over all experts
-  int row;                           // first pool row
+  int row;                           // first pool row, counted from the begin of its wave
   int tile;                          // N: rows of the tile, padding included
   int num_rows;                      // valid rows
 };
@@ -35,11 +35,10 @@ __device__ __forceinline__ int tail_tile(const TileTable& tiles, int num_rows) {
 __device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParams& p, uint32_t parity) {
   const Shape& s = p.shape;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  for (int i = thread; i < s.num_ranks * s.num_local_experts; i += blockDim.x) {
-    const int rank = i / s.num_local_experts, expert = i % s.num_local_experts;
-    const uint32_t* counts = p.peer<uint32_t>(rank, p.ws.expert_count) + parity * s.num_experts;
-    table.rank_count[i] = static_cast<int>(__ldcg(counts + s.first_expert + expert));
-  }
+  const int num_counts = s.num_ranks * s.num_local_experts;
+  const uint32_t* counts = s.num_ranks == 1 ? p.local<uint32_t>(p.ws.expert_count) + parity * s.num_experts + s.first_expert
+                                            : p.local<uint32_t>(p.ws.received_count) + parity * num_counts;
+  for (int i = thread; i < num_counts; i += blockDim.x) table.rank_count[i] = static_cast<int>(__ldcg(counts + i));
   __syncthreads();
   int carry[3] = {0, 0, 0};
   for (int first = 0; first < s.num_local_experts; first += blockDim.x) {
@@ -83,12 +82,38 @@ __device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParam
   }
 }
 
+// Waves: the pools hold `wave_rows` rows (and the end of one block more). Wave w is the blocks that start at rows w * wave_rows and up; its rows
+// are dispatched when all products of the wave before are done. One wave is the rule, more are the price of a skewed batch.
+__device__ __forceinline__ int row_in_wave(const MegaMoeParams& p, int row) { return row < p.shape.wave_rows ? row : row % p.shape.wave_rows; }
+
+__device__ __forceinline__ int wave_of_block(const ExpertTable& table, const MegaMoeParams& p, int block) {
+  const int expert = find_expert(table.block_base, p.shape.num_local_experts, block);
+  return (table.row_base[expert] + (block - table.block_base[expert]) * p.tiles.max_tile) / p.shape.wave_rows;
+}
+
+// First block of a wave, and its first row counted over the valid rows only; the totals for waves that there are not.
+struct WaveBegin {
+  int block, slot;
+  __device__ WaveBegin(const ExpertTable& table, const MegaMoeParams& p, int wave) {
+    const int num_experts = p.shape.num_local_experts, row = wave * p.shape.wave_rows;
+    if (row >= table.row_base[num_experts]) {
+      block = table.block_base[num_experts];
+      slot = table.slot_base[num_experts];
+      return;
+    }
+    const int expert = find_expert(table.row_base, num_experts, row);
+    const int in_expert = ceil_div(row - table.row_base[expert], p.tiles.max_tile);
+    block = table.block_base[expert] + in_expert;
+    slot = min(table.slot_base[expert] + in_expert * p.tiles.max_tile, table.slot_base[expert + 1]);
+  }
+};
+
 __device__ __forceinline__ TokenBlock token_block(const ExpertTable& table, const MegaMoeParams& p, int index) {
   const int expert = find_expert(table.block_base, p.shape.num_local_experts, index);
   const int first = (index - table.block_base[expert]) * p.tiles.max_tile;
   const int rest = table.slot_base[expert + 1] - table.slot_base[expert] - first;
   const bool full = rest >= p.tiles.max_tile;
-  return {expert, index, table.row_base[expert] + first, full ? p.tiles.max_tile : tail_tile(p.tiles, rest),
+  return {expert, index, row_in_wave(p, table.row_base[expert] + first), full ? p.tiles.max_tile : tail_tile(p.tiles, rest),
           full ? p.tiles.max_tile : rest};
 }
 
@@ -107,26 +132,37 @@ struct Task {
   }
 };
 
-// All L1 tasks, block by block, then all L2 tasks, column group by column group: while one group's tokens are combined the next one's
-// products run, and an expert's L2 starts long after its L1.
+// Wave by wave: all L1 tasks, block by block, then all L2 tasks, column group by column group: while one group's tokens are combined the next
+// one's products run, and an expert's L2 starts long after its L1.
 struct TaskList {
-  int num_blocks, num_l1, num_tasks;
+  int num_blocks, num_tasks;
+  bool one_wave;
 
   __device__ TaskList(const ExpertTable& table, const MegaMoeParams& p)
       : num_blocks(table.block_base[p.shape.num_local_experts]),
-        num_l1(num_blocks * p.shape.num_features_tiles()),
-        num_tasks(num_l1 + num_blocks * p.shape.num_row_tiles()) {}
+        num_tasks(num_blocks * (p.shape.num_features_tiles() + p.shape.num_row_tiles())),
+        one_wave(table.row_base[p.shape.num_local_experts] <= p.shape.wave_rows) {}
+
+  __device__ static int group_width(const Shape& s, int group) { return min(kGroupTiles, s.num_row_tiles() - group * kGroupTiles); }
 
   __device__ Task get(const ExpertTable& table, const MegaMoeParams& p, int index) const {
+    const int l1_per_block = p.shape.num_features_tiles();
+    int first = 0, last = num_blocks;   // blocks of the task's wave
+    if (!one_wave) {
+      const int per_block = l1_per_block + p.shape.num_row_tiles(), wave = wave_of_block(table, p, index / per_block);
+      first = WaveBegin(table, p, wave).block;
+      last = WaveBegin(table, p, wave + 1).block;
+      index -= first * per_block;
+    }
+    const int num_l1 = (last - first) * l1_per_block;
     if (index < num_l1) {
-      const int per_block = p.shape.num_features_tiles(), block = index / per_block;
-      return {true, token_block(table, p, block), index - block * per_block};
+      const int block = index / l1_per_block;
+      return {true, token_block(table, p, first + block), index - block * l1_per_block};
     }
     index -= num_l1;
-    const int group = index / (num_blocks * kGroupTiles);
-    const int rest = index - group * num_blocks * kGroupTiles;
-    const int width = min(kGroupTiles, p.shape.num_row_tiles() - group * kGroupTiles), block = rest / width;
-    return {false, token_block(table, p, block), group * kGroupTiles + rest - block * width};
+    const int per_group = (last - first) * kGroupTiles, group = index / per_group;
+    const int rest = index - group * per_group, width = group_width(p.shape, group), block = rest / width;
+    return {false, token_block(table, p, first + block), group * kGroupTiles + rest - block * width};
   }
 };
 

@@ -1,5 +1,7 @@
 // Arithmetic instructions that CUDA C++ does not reach, or not with the rounding we promise.
 #pragma once
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
 namespace hopper_moe::ptx {
@@ -35,6 +37,13 @@ __device__ __forceinline__ uint16_t to_e4m3x2(float low, float high) {
   uint16_t r;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
   return r;
+}
+
+// Two E4M3 to two FP32, exact; x = low byte.
+__device__ __forceinline__ float2 from_e4m3x2(uint16_t pair) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  return __half22float2(*reinterpret_cast<const __half2*>(&halves));
 }
 
 // Two FP32 to two BF16, round to nearest even, low half = `low`.

@@ -1,0 +1,46 @@
+"""What a rank says when a peer did not come in time: the host's side of `PeerFailure` in csrc/layout.cuh.
+
+The kernel writes the record into pinned host memory and then ends its CUDA context (a trap): nothing computed with half of the ranks
+can reach anybody. The record outlives the context, so the process can still say who was missing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# By PeerStep in csrc/peers.cuh: (what this rank waited for, what the missing rank would have done).
+_STEPS = {1: "its token counts (it has not entered this layer)", 2: "the expert outputs it owes this rank"}
+_FIELDS = ("reported", "step", "missing_rank", "layer", "launch")  # struct PeerFailure
+
+
+class PeerTimeout(RuntimeError):
+    """A peer rank did not take part in a layer within the timeout. The process's CUDA context is gone: restart all ranks."""
+
+
+class FailureRecord:
+    """Pinned host memory that one rank's kernels report to."""
+
+    def __init__(self, rank: int, timeout_s: float) -> None:
+        self._words = torch.zeros(len(_FIELDS), dtype=torch.int32, pin_memory=True)
+        self._rank, self._timeout_s = rank, timeout_s
+
+    @property
+    def address(self) -> int:
+        """Where the kernel writes; pinned memory has the same address on the device."""
+        return self._words.data_ptr()
+
+    def message(self) -> str | None:
+        """One sentence naming this rank, the missing one, the step and the layer; None while nothing has failed."""
+        reported, step, missing_rank, layer, launch = self._words.tolist()
+        if not reported:
+            return None
+        where = f"layer {layer}" if layer >= 0 else "a layer without a number"
+        return (
+            f"rank {self._rank} waited {self._timeout_s:g} s for rank {missing_rank} in {where} (launch {launch}): {_STEPS[step]} "
+            f"did not arrive; look for that rank's own error, or raise HOPPER_MOE_TIMEOUT_S if it was only slow."
+        )
+
+    def check(self) -> None:
+        """Raises PeerTimeout once a kernel has reported."""
+        if (message := self.message()) is not None:
+            raise PeerTimeout(message)

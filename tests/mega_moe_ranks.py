@@ -1,0 +1,190 @@
+"""What the tests of several ranks run on every rank: one layer spread over the group, and the same layer whole on each GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from hopper_moe.kernels.benchmarks.workload import ModelShape, make_layer, random_experts, random_routing, random_tokens
+from hopper_moe.kernels.failure import PeerTimeout
+from hopper_moe.kernels.mega_moe import MegaMoE
+from hopper_moe.quantization.packing import PackedExperts
+
+SHAPE = ModelShape(1024, 512, 48, 6, 12)
+CAPACITY = 512
+FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Batch:
+    x: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+
+class SpreadLayer:
+    """A layer of `shape.num_experts` over the ranks of `group`, and its oracle: one rank that holds all experts."""
+
+    def __init__(self, group: dist.ProcessGroup, shape: ModelShape, capacity: int, seed: int, **options) -> None:
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.shape, self.group = shape, group
+        whole = random_experts(shape, shape.num_experts, torch.Generator("cuda").manual_seed(seed))  # the same on every rank
+        self.whole = whole
+        options.setdefault("timeout_s", 20)  # a hang fails soon
+        mine = slice(self.rank * shape.num_experts // self.num_ranks, (self.rank + 1) * shape.num_experts // self.num_ranks)
+        self.local = PackedExperts(whole.w13_packed[mine], whole.w13_base[mine], whole.w2_packed[mine], whole.w2_base[mine])
+        self.spread = make_layer(shape, shape.num_experts, capacity, group=group, **options)
+        options.pop("wave_rows", None)
+        options.pop("timeout_s", None)
+        self.alone = make_layer(shape, shape.num_experts, capacity, **options)
+        self.generator = torch.Generator("cuda").manual_seed(seed + 1 + self.rank)
+        self.random = random.Random(seed + 1 + self.rank)
+
+    def batch(self, num_tokens: int, routing: str = "uniform") -> Batch:
+        """Fresh tokens of this rank, some slots masked. "to_rank_0": rank 0's experts only; "one_expert": one expert in every slot."""
+        shape = self.shape
+        kind = routing if routing in ("uniform", "zipf", "one_hot") else "uniform"
+        ids, weights = random_routing(num_tokens, shape.num_experts, shape.top_k, kind, self.generator)
+        if routing == "to_rank_0":
+            ids %= shape.num_experts // self.num_ranks
+        if routing == "one_expert":
+            ids.fill_(shape.num_experts - 1)
+        if num_tokens > 4:
+            ids[1, 0] = -1
+            ids[2] = -1
+            ids[3, 1] = ids[3, 0]
+        return Batch(random_tokens(shape, num_tokens, self.generator), ids, weights)
+
+    def poison(self) -> None:
+        """NaN everywhere but in the counters, while nobody runs."""
+        self.spread.buffer.barrier()
+        self.spread.workspace[self.spread.offsets["control_bytes"] :].fill_(0xFF)
+        self.spread.buffer.barrier()
+
+    def run(self, mm: MegaMoE, packed: PackedExperts, batch: Batch, **options) -> torch.Tensor:
+        y = torch.full_like(batch.x, float("nan"))
+        mm(
+            batch.x, batch.topk_ids, batch.topk_weights, packed, swiglu_limit=self.shape.swiglu_limit, routed_scaling_factor=FACTOR,
+            out=y, **options,
+        )  # fmt: skip
+        return y
+
+    def differs(self, batch: Batch) -> torch.Tensor:
+        """bool [] on the device: whether the ranks together give other bits than one rank alone."""
+        return (self.run(self.spread, self.local, batch, layer=7) != self.run(self.alone, self.whole, batch)).any()
+
+
+def tokens_of(case: str, layer: SpreadLayer) -> int:
+    """Tokens of this rank: "ragged" a random number, "empty" none on odd ranks, "one" a single token on the last rank, or a number."""
+    rank = layer.rank
+    if case == "ragged":
+        return layer.random.randint(0, CAPACITY)
+    if case == "empty":
+        return 0 if rank % 2 else layer.random.randint(1, CAPACITY)
+    if case == "one":
+        return int(rank == layer.num_ranks - 1)
+    return int(case)
+
+
+SCENARIOS = [(case, routing) for case in ("0", "1", "7", "ragged", "empty", "one", "512") for routing in ("uniform", "zipf", "one_hot", "to_rank_0")]
+SCENARIOS += [("ragged", "one_expert"), ("512", "one_expert")]
+
+
+def same_bits(group: dist.ProcessGroup, seed: int, options: dict) -> dict[str, bool]:
+    """"case routing" -> whether the bits of this rank's rows are those of one rank alone; also the experts' load."""
+    layer = SpreadLayer(group, SHAPE, CAPACITY, seed, **options)
+    found = {}
+    load = torch.zeros(SHAPE.num_experts, dtype=torch.int64, device="cuda")
+    for case, routing in SCENARIOS:
+        batch = layer.batch(tokens_of(case, layer), routing)
+        layer.poison()
+        found[f"{case} {routing}"] = not bool(layer.differs(batch))
+        load += torch.bincount(batch.topk_ids[batch.topk_ids >= 0].long(), minlength=SHAPE.num_experts)
+    dist.all_reduce(load)
+    mine = load.chunk(layer.num_ranks)[layer.rank]
+    found["load of the experts"] = torch.equal(layer.spread.expert_load(), mine)
+    layer.spread.destroy()
+    return found
+
+
+def with_delays(group: dist.ProcessGroup, seed: int, num_calls: int) -> int:
+    """Calls with other bits, of `num_calls` before which every rank sleeps a random time on the GPU, the first time two seconds."""
+    layer = SpreadLayer(group, SHAPE, CAPACITY, seed)
+    bad = torch.zeros((), dtype=torch.int64, device="cuda")
+    for call in range(num_calls):
+        batch = layer.batch(tokens_of("ragged", layer), layer.random.choice(("uniform", "zipf", "one_hot", "to_rank_0")))
+        cycles = layer.random.choice((0, 20_000, 200_000, 2_000_000))
+        torch.cuda._sleep(3_600_000_000 if call == 0 and layer.rank == 1 else cycles)
+        bad += layer.differs(batch)
+    layer.spread.buffer.barrier()
+    return int(bad)
+
+
+def replayed(group: dist.ProcessGroup, seed: int, num_replays: int) -> dict[int, int]:
+    """Size of the graph -> replays with other bits: tokens, routing and counts (from 0) change, differently on every rank."""
+    layer = SpreadLayer(group, SHAPE, CAPACITY, seed)
+    found = {}
+    sizes = (1, 8, 64, 300)
+    for size in sizes:
+        bank = []
+        for _ in range(24):
+            batch, valid = layer.batch(size, layer.random.choice(("uniform", "zipf", "one_hot", "to_rank_0"))), layer.random.randint(0, size)
+            ids = batch.topk_ids.clone()
+            ids[valid:] = -1
+            want = layer.run(layer.alone, layer.whole, Batch(batch.x, ids, batch.topk_weights))
+            bank.append((batch, torch.tensor([valid], dtype=torch.int32, device="cuda"), want))
+        static, valid = layer.batch(size), torch.zeros(1, dtype=torch.int32, device="cuda")
+        y, bad = torch.empty_like(static.x), torch.zeros((), dtype=torch.int64, device="cuda")
+
+        def call(y=y, static=static, valid=valid):
+            layer.spread(
+                static.x, static.topk_ids, static.topk_weights, layer.local, out=y, num_valid_tokens=valid,
+                swiglu_limit=SHAPE.swiglu_limit, routed_scaling_factor=FACTOR,
+            )  # fmt: skip
+
+        call()
+        layer.spread.buffer.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        for _ in range(num_replays // len(sizes)):
+            batch, num_valid, want = layer.random.choice(bank)
+            static.x.copy_(batch.x)
+            static.topk_ids.copy_(batch.topk_ids)
+            static.topk_weights.copy_(batch.topk_weights)
+            valid.copy_(num_valid)
+            y.fill_(float("nan"))
+            graph.replay()
+            bad += (y != want).any()
+        layer.spread.buffer.barrier()
+        found[size] = int(bad)
+    return found
+
+
+def lose_a_rank(group: dist.ProcessGroup, seed: int, timeout_s: float, result_dir: str) -> None:
+    """The last rank is killed between two calls; every other rank writes what it then says, and after how long."""
+    layer = SpreadLayer(group, SHAPE, CAPACITY, seed, timeout_s=timeout_s)
+    layer.run(layer.spread, layer.local, layer.batch(8), layer=7)
+    layer.spread.buffer.barrier()
+    if layer.rank == layer.num_ranks - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin, batch = time.monotonic(), layer.batch(8)
+    cuda_error = named_error = ""
+    try:
+        layer.run(layer.spread, layer.local, batch, layer=7)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        cuda_error = str(error).splitlines()[0]
+    try:
+        layer.run(layer.spread, layer.local, batch, layer=8)
+    except PeerTimeout as error:
+        named_error = str(error)
+    with open(f"{result_dir}/{layer.rank}.txt", "w") as file:
+        file.write(f"{time.monotonic() - begin:.1f}\n{cuda_error}\n{named_error}\n")
+    os._exit(0)  # the context is gone: nothing can be torn down
