@@ -1,12 +1,20 @@
 """What a rank says when a peer did not come in time: the host's side of `PeerFailure` in csrc/layout.cuh.
 
 The kernel writes the record into pinned host memory and then ends its CUDA context (a trap): nothing computed with half of the ranks
-can reach anybody. The record outlives the context, so the process can still say who was missing.
+can reach anybody. The record outlives the context. Whatever the process does next with CUDA fails with a message that knows nothing
+of ranks, so a thread watches the record and logs the sentence that does.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
+import weakref
+
 import torch
+
+logger = logging.getLogger("hopper_moe")
 
 # By PeerStep in csrc/peers.cuh: (what this rank waited for, what the missing rank would have done).
 _STEPS = {1: "its token counts (it has not entered this layer)", 2: "the expert outputs it owes this rank"}
@@ -18,11 +26,13 @@ class PeerTimeout(RuntimeError):
 
 
 class FailureRecord:
-    """Pinned host memory that one rank's kernels report to."""
+    """Pinned host memory that one rank's kernels report to. `watch`: log the report as soon as it comes."""
 
-    def __init__(self, rank: int, timeout_s: float) -> None:
+    def __init__(self, rank: int, timeout_s: float, watch: bool) -> None:
         self._words = torch.zeros(len(_FIELDS), dtype=torch.int32, pin_memory=True)
         self._rank, self._timeout_s = rank, timeout_s
+        if watch:
+            threading.Thread(target=_watch, args=(weakref.ref(self),), name="hopper_moe-peers", daemon=True).start()
 
     @property
     def address(self) -> int:
@@ -44,3 +54,13 @@ class FailureRecord:
         """Raises PeerTimeout once a kernel has reported."""
         if (message := self.message()) is not None:
             raise PeerTimeout(message)
+
+
+def _watch(record: weakref.ref[FailureRecord]) -> None:
+    """Until the record is reported, which is logged, or gone."""
+    while (alive := record()) is not None:
+        if (message := alive.message()) is not None:
+            logger.critical(message)
+            return
+        del alive
+        time.sleep(0.2)

@@ -146,7 +146,7 @@ class MegaMoE:
         self.workspace = self.buffer.tensor
         self.workspace[: self.offsets["control_bytes"]].zero_()
         self.buffer.barrier()  # zeroed everywhere before anybody may launch
-        self.failure = FailureRecord(rank, timeout_s)
+        self.failure = FailureRecord(rank, timeout_s, watch=num_ranks > 1)
         self._timeout_ns = int(timeout_s * 1e9)
         # Ids that some rank of this launch computes.
         self._id_range = (0, num_experts) if group is not None else (first_expert, first_expert + num_local_experts)

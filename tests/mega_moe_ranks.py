@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -168,23 +169,30 @@ def replayed(group: dist.ProcessGroup, seed: int, num_replays: int) -> dict[int,
 
 
 def lose_a_rank(group: dist.ProcessGroup, seed: int, timeout_s: float, result_dir: str) -> None:
-    """The last rank is killed between two calls; every other rank writes what it then says, and after how long."""
+    """The last rank is killed between two calls; every other rank writes what it then raises and logs, and after how long."""
+    logging.basicConfig(filename=f"{result_dir}/{dist.get_rank(group)}.log")
     layer = SpreadLayer(group, SHAPE, CAPACITY, seed, timeout_s=timeout_s)
     layer.run(layer.spread, layer.local, layer.batch(8), layer=7)
     layer.spread.buffer.barrier()
     if layer.rank == layer.num_ranks - 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    begin, batch = time.monotonic(), layer.batch(8)
+    begin, batch, y = time.monotonic(), layer.batch(8), torch.empty(8, SHAPE.hidden_size, dtype=torch.bfloat16, device="cuda")
+
+    def call(number: int) -> None:
+        layer.spread(batch.x, batch.topk_ids, batch.topk_weights, layer.local, swiglu_limit=None, out=y, layer=number)
+
     cuda_error = named_error = ""
+    call(7)
     try:
-        layer.run(layer.spread, layer.local, batch, layer=7)
         torch.cuda.synchronize()
     except RuntimeError as error:
         cuda_error = str(error).splitlines()[0]
+    seconds = time.monotonic() - begin
     try:
-        layer.run(layer.spread, layer.local, batch, layer=8)
+        call(8)
     except PeerTimeout as error:
         named_error = str(error)
+    time.sleep(1)  # the log is written by a thread
     with open(f"{result_dir}/{layer.rank}.txt", "w") as file:
-        file.write(f"{time.monotonic() - begin:.1f}\n{cuda_error}\n{named_error}\n")
+        file.write(f"{seconds:.1f}\n{cuda_error}\n{named_error}\n")
     os._exit(0)  # the context is gone: nothing can be torn down

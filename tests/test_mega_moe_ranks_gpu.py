@@ -63,3 +63,4 @@ def test_a_killed_rank_is_named(num_ranks, seed, tmp_path):
         assert cuda_error, "synchronize must fail too"
         for part in (f"rank {rank} waited {timeout_s} s for rank {num_ranks - 1}", "layer 7", "token counts", "HOPPER_MOE_TIMEOUT_S"):
             assert part in message
+        assert message in (tmp_path / f"{rank}.log").read_text(), "whoever only sees the CUDA error needs the log"

@@ -21,7 +21,7 @@ struct PoolRow {
     const int rest = table.slot_base[expert + 1] - table.slot_base[expert] - first;
     tile = rest >= p.tiles.max_tile ? p.tiles.max_tile : tail_tile(p.tiles, rest);
     block = table.block_base[expert] + in_expert;
-    block_row = table.row_base[expert] + first;
+    block_row = row_in_wave(p, table.row_base[expert] + first);
     row = position - first;
   }
 };

@@ -70,8 +70,10 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
     dispatch_first<8>(p, smem.experts, p.local<uint32_t>(p.ws.x_ready) + parity * p.shape.max_blocks(), blockIdx.x + warp * gridDim.x,
                       (kMathWarps + kServiceWarps) * gridDim.x, lane);
     MathContext c{p, smem, ring, tile, {warp / 4, warp % 4, lane}};
-    run_math(c, feed, warp_uniform(tasks.num_tasks));
-    CombinerOf combiner(p, tasks, lane, launch, parity);
+    run_math(c, feed);
+    const TaskList again(smem.experts, p);   // nothing of the combiner's is kept in registers while the products run
+    const uint32_t same_epoch = __ldcg(p.local<uint32_t>(p.ws.epoch));
+    CombinerOf combiner(p, again, lane, same_epoch + 1, same_epoch & 1);
     while (!combiner.finished()) combiner.step(true);
   } else {
     ptx::set_max_registers_down<kOtherRegisters>();

@@ -35,7 +35,7 @@ constexpr int kNumTaskSlots = 16;
 static_assert(kNumTaskSlots > kNumStages + 4);
 struct TaskSlot {
   int index;       // in the task list; the list's length ends the CTA's work
-  int code;        // 2 * token tile + is_l1
+  int code;        // 2 * token tile + is_l1; 0 ends the CTA's work
   int first_row;   // first packed row of the task in w13_base / w2_base, counted over all local experts
 };
 
@@ -127,6 +127,7 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
         }
       }
     } else {
+      slot.code = 0;
       feed.post();
     }
     index = next;

@@ -106,11 +106,11 @@ __device__ __forceinline__ void run_task(MathContext& c, bool is_l1, int first_r
   }
 }
 
-__device__ __forceinline__ void run_math(MathContext& c, TaskFeed feed, int num_tasks) {
+__device__ __forceinline__ void run_math(MathContext& c, TaskFeed feed) {
   while (true) {
     const TaskSlot& slot = feed.next();
-    if (warp_uniform(slot.index) >= num_tasks) break;
     const int code = warp_uniform(slot.code), first_row = warp_uniform(slot.first_row);
+    if (code == 0) break;
     const bool is_l1 = code % 2;
     switch (code / 2) {
       case 8: run_task<8>(c, is_l1, first_row); break;
