@@ -190,14 +190,20 @@ class MainLoop {
   template <typename LastStage>
   __device__ __forceinline__ void run_wide_l2(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
     uint32_t a[2][16];
+    const int limit = opaque(num_chunks);
     wait_full(cursor_);
     decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
     int chunk = 0;
-    for (; chunk + 2 <= num_chunks; chunk += 2) {
-      wide_step(sum, a[0], a[1], chunk + 1 < num_chunks, false, last_stage);
-      wide_step(sum, a[1], a[0], chunk + 2 < num_chunks, chunk + 2 == num_chunks, last_stage);
+    for (; chunk + 2 < num_chunks; chunk += 2) {
+      wide_step(sum, a[0], a[1], chunk + 1 < limit, false, last_stage);
+      wide_step(sum, a[1], a[0], chunk + 2 < limit, false, last_stage);
     }
-    if (chunk < num_chunks) wide_step(sum, a[0], a[1], false, true, last_stage);
+    if (chunk + 2 == num_chunks) {
+      wide_step(sum, a[0], a[1], true, false, last_stage);
+      wide_step(sum, a[1], a[0], false, true, last_stage);
+    } else {
+      wide_step(sum, a[0], a[1], false, true, last_stage);
+    }
   }
 
   template <typename LastStage>
