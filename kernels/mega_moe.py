@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Order of the byte offsets that the library's workspace_layout returns (struct Workspace in csrc/layout.cuh).
 _WORKSPACE_FIELDS = (
     "epoch", "exit_count", "gave_up", "arrived", "results_sent", "received_count", "expert_load", "expert_count", "x_ready", "h_ready",
-    "group_done", "group_claimed", "next_task", "control_bytes", "slot_list", "x", "x_scale", "topk_ids", "topk_weights",
+    "group_done", "group_claimed", "next_task", "control_bytes", "slot_list", "x", "x_exponent", "x_scale", "topk_ids", "topk_weights",
     "combine", "combine_scale",
     "pool_x", "pool_x_scale", "pool_weight", "pool_slot", "pool_h", "pool_h_scale", "num_bytes",
 )  # fmt: skip
@@ -52,10 +52,14 @@ def workspace_bytes(
     num_local_experts: int,
     num_ranks: int = 1,
     fp8_combine: bool = False,
+    fp4_dispatch: bool = False,
 ) -> int:
     """Bytes of device memory that a `MegaMoE` of these sizes takes besides the weights. Compiles the library if need be; needs no GPU."""
     wave_rows = _wave_rows(num_ranks, num_tokens_capacity, top_k, num_local_experts)
-    shape = [hidden_size, intermediate_size, top_k, num_experts, num_local_experts, 0, num_ranks, 0, num_tokens_capacity, wave_rows, fp8_combine]
+    shape = [
+        hidden_size, intermediate_size, top_k, num_experts, num_local_experts, 0, num_ranks, 0, num_tokens_capacity, wave_rows,
+        int(fp8_combine), int(fp4_dispatch),
+    ]  # fmt: skip
     return _workspace_offsets(shape)["num_bytes"]
 
 
@@ -84,6 +88,7 @@ class MegaMoE:
         tiles: TileTable | None = None,
         group: dist.ProcessGroup | None = None,
         fp8_combine: bool = False,
+        fp4_dispatch: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         wave_rows: int | None = None,
     ) -> None:
@@ -96,6 +101,7 @@ class MegaMoE:
             tiles: token tiles; default: the table of this GPU's SKU.
             group: ranks that exchange tokens; rank r computes the r-th `num_experts / num_ranks` ids. None: this rank alone.
             fp8_combine: expert outputs travel as E4M3 with one scale per 128 columns (contract section 1, options).
+            fp4_dispatch: tokens travel as E2M1 with one exponent per 32 features (same place).
             timeout_s: how long a kernel waits for a peer.
             wave_rows: rows the pools hold, a multiple of 128; default: enough for all rows of one rank, 1.5 balanced shares of several.
                 Results do not depend on it.
@@ -138,7 +144,7 @@ class MegaMoE:
         # struct Shape in csrc/layout.cuh, in its order
         self._shape = [
             hidden_size, intermediate_size, top_k, num_experts, num_local_experts, first_expert, num_ranks, rank, num_tokens_capacity,
-            wave_rows, int(fp8_combine),
+            wave_rows, int(fp8_combine), int(fp4_dispatch),
         ]  # fmt: skip
         self.offsets = _workspace_offsets(self._shape)
         self.num_bytes = self.offsets["num_bytes"]

@@ -114,7 +114,7 @@ def expert_slots(
     """c of every (token, slot): bf16 [P, K, H] per rank, zeros for skipped slots. Give any `hidden`: the kernel's own, to test L2
     alone.
 
-    With `fp8_combine` a slot travels as quant_e4m3(FP32 value, group 128 along H) instead of BF16, and c is FP32, dequantised.
+    With `fp8_combine` a slot travels as quant_e4m3(its BF16 value, group 128 along H), and c is FP32, dequantised.
     """
     _check_layer(inputs, experts, num_experts)
     hidden_size, size = experts[0].hidden_size, experts[0].intermediate_size
@@ -128,10 +128,10 @@ def expert_slots(
         w2 = source.w2(expert, compute_dtype)
         for chunk in slots.split(_CHUNK_ROWS):
             total = block_matmul(hq[chunk].view(torch.float8_e4m3fn), h_scale[chunk], layout.H_GROUP, w2)
-            value = (weights[chunk, None].to(compute_dtype) * total).float()
+            value = (weights[chunk, None].to(compute_dtype) * total).float().to(torch.bfloat16)
             if fp8_combine:
                 value = dequantize_activations(
-                    *quantize_activations(value, layout.COMBINE_GROUP), layout.COMBINE_GROUP, torch.float32
+                    *quantize_activations(value.float(), layout.COMBINE_GROUP), layout.COMBINE_GROUP, torch.float32
                 )
             c[chunk] = value.to(slot_dtype)
     lengths = [tokens.topk_ids.shape[0] for tokens in inputs]

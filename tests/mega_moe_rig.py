@@ -70,7 +70,7 @@ def make_rig(seed: int, shape: ModelShape, num_experts: int, capacity: int, **op
     return Rig(shape, packed, make_layer(shape, num_experts, capacity, **options), generator)
 
 
-def _read(mm: MegaMoE, field: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+def read_field(mm: MegaMoE, field: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """A copy of the first elements of a workspace field (`csrc/layout.cuh`)."""
     count = torch.Size(shape).numel() * dtype.itemsize
     return mm.workspace[mm.offsets[field] :][:count].view(dtype).view(shape).clone()
@@ -79,17 +79,17 @@ def _read(mm: MegaMoE, field: str, dtype: torch.dtype, *shape: int) -> torch.Ten
 def read_dispatched(mm: MegaMoE, num_tokens: int) -> DispatchedTokens:
     """What pre-dispatch wrote in the last call."""
     return DispatchedTokens(
-        _read(mm, "x", torch.float8_e4m3fn, num_tokens, mm.hidden_size),
-        _read(mm, "x_scale", torch.float32, num_tokens, layout.act_groups(mm.hidden_size)),
-        _read(mm, "topk_ids", torch.int32, num_tokens, mm.top_k),
-        _read(mm, "topk_weights", torch.float32, num_tokens, mm.top_k),
+        read_field(mm, "x", torch.float8_e4m3fn, num_tokens, mm.hidden_size),
+        read_field(mm, "x_scale", torch.float32, num_tokens, layout.act_groups(mm.hidden_size)),
+        read_field(mm, "topk_ids", torch.int32, num_tokens, mm.top_k),
+        read_field(mm, "topk_weights", torch.float32, num_tokens, mm.top_k),
         num_tokens,
     )
 
 
 def read_slots(mm: MegaMoE, topk_ids: torch.Tensor) -> torch.Tensor:
     """c of the last call: bf16 [M, K, H], zeros for skipped slots (the kernel does not write those)."""
-    c = _read(mm, "combine", torch.bfloat16, *topk_ids.shape, mm.hidden_size)
+    c = read_field(mm, "combine", torch.bfloat16, *topk_ids.shape, mm.hidden_size)
     return c.masked_fill((topk_ids < 0)[..., None], 0.0)
 
 

@@ -16,17 +16,18 @@ A model of the accumulator (FP64 products plus normal noise of 1e-4 to 2e-4) giv
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from layer_compare import assert_layers_agree, relative_l2
-from mega_moe_rig import FACTOR, Batch, Rig, make_rig, read_dispatched, read_hidden, read_slots
+from mega_moe_rig import FACTOR, Batch, Rig, make_rig, read_dispatched, read_field, read_hidden, read_slots
 
 from hopper_moe.kernels import reference
-from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape
+from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape, make_layer
 from hopper_moe.kernels.reference_stages import HiddenStage, combine_slots, expert_hidden, expert_slots
 from hopper_moe.quantization import layout
-from hopper_moe.quantization.codecs import dequantize_activations
+from hopper_moe.quantization.codecs import dequantize_activations, quantize_mxfp4_activations
 
 pytestmark = pytest.mark.gpu
 
@@ -160,6 +161,50 @@ def test_pre_dispatch_bits(rigs, seed, name):
     assert torch.equal(got.topk_ids, want.topk_ids)
     masked = batch.topk_ids < 0  # the kernel does not keep their weights
     assert torch.equal(got.topk_weights, want.topk_weights.masked_fill(masked, 0.0))
+
+
+# The kernel's option, the reference's, and the bound: an E4M3 slot that crosses a rounding border moves by a whole step.
+OPTIONS = [({"fp8_combine": True}, {"fp8_combine": True}, 2e-2), ({"fp4_dispatch": True}, {"fp4": True}, MAX_END_TO_END)]
+
+
+@pytest.mark.parametrize("kernel, of_reference, bound", OPTIONS)
+@pytest.mark.parametrize("name, num_tokens", [("flash", 33), ("small", 300)])
+def test_options(seed, measured, kernel, of_reference, bound, name, num_tokens):
+    rig = make_rig(seed, SHAPES.get(name, SMALL), SIZES[name][0], 300, **kernel)
+    batch = rig.batch(num_tokens)
+    y, want, exact = rig.run(batch), rig.reference(batch, **of_reference), rig.reference(batch, reference.exact)
+    measured(
+        f"{name:>10} M={num_tokens:<5} {next(iter(kernel))}: relative L2 {relative_l2(y, want):.2e}, against exact "
+        f"{relative_l2(y, exact):.2e} (reference {relative_l2(want, exact):.2e}, without {relative_l2(rig.reference(batch), exact):.2e})"
+    )
+    assert relative_l2(rig.reference(batch), want) > 2 * bound or "fp8_combine" in kernel, "the option does not show in this data"
+    assert_layers_agree(y, want, bound)
+
+
+def test_fp4_dispatch_bits(seed):
+    rig = make_rig(seed, SMALL, 7, 100, fp4_dispatch=True)
+    batch = rig.batch(100)
+    magnitude = torch.randint(-90, 90, (100, SMALL.hidden_size // 32, 1), device="cuda", generator=rig.generator)
+    x = (batch.x.double().unflatten(1, (-1, 32)) * torch.exp2(magnitude.double())).flatten(1).bfloat16()
+    x[10] = 0
+    x[11] = torch.arange(SMALL.hidden_size, device="cuda").remainder(97).div(8) - 6  # every tie between two codes
+    rig.run(Batch(x, batch.topk_ids, batch.topk_weights))
+    packed, scale = quantize_mxfp4_activations(x)
+    _, group_scale = reference.fp4_as_e4m3(x)
+    exponent = scale.int() - layout.UE8M0_BIAS - group_scale.log2().int().repeat_interleave(8, 1)[:, : scale.shape[1]]
+    assert torch.equal(read_field(rig.mm, "x", torch.uint8, *packed.shape), packed)
+    assert torch.equal(read_field(rig.mm, "x_exponent", torch.int8, *scale.shape).int(), exponent.clamp_min(-20))
+    assert torch.equal(read_field(rig.mm, "x_scale", torch.float32, *group_scale.shape), group_scale)
+
+
+@pytest.mark.parametrize("num_tokens, routing", [(300, "uniform"), (300, "one_hot"), (9, "zipf")])
+def test_waves_change_no_bit(seed, num_tokens, routing):
+    """Pools of 256 rows: the larger calls run in many waves."""
+    rig = make_rig(seed, SMALL, 7, 300)
+    batch = rig.batch(num_tokens, routing)
+    small_pools = replace(rig, mm=make_layer(SMALL, 7, 300, wave_rows=256))
+    for _ in range(3):
+        assert torch.equal(small_pools.run(batch), rig.run(batch))
 
 
 @pytest.mark.parametrize("limit", [None, 1.0])

@@ -22,7 +22,7 @@ def several_gpus():
 
 
 # "waves": pools so small that every larger call runs in many waves.
-OPTIONS = {"bf16": {}, "fp8_combine": {"fp8_combine": True}, "waves": {"wave_rows": 256}}
+OPTIONS = {"bf16": {}, "fp8_combine": {"fp8_combine": True}, "fp4_dispatch": {"fp4_dispatch": True}, "waves": {"wave_rows": 256}}
 
 
 @functools.cache

@@ -62,6 +62,7 @@ class Setup:
     routing: str
     graph: bool
     fp8_combine: bool
+    fp4_dispatch: bool
     seed: int
 
 
@@ -74,7 +75,8 @@ class LayerBenchmark:
         self.num_experts = setup.local_experts * self.num_ranks
         self.generator = torch.Generator("cuda").manual_seed(setup.seed + self.rank)
         self.weights = copies_of(random_experts(self.shape, setup.local_experts, self.generator), WEIGHT_COPIES)
-        self.layer = make_layer(self.shape, self.num_experts, max(setup.tokens), group=group, fp8_combine=setup.fp8_combine)
+        options = {"fp8_combine": setup.fp8_combine, "fp4_dispatch": setup.fp4_dispatch}
+        self.layer = make_layer(self.shape, self.num_experts, max(setup.tokens), group=group, **options)
 
     def measure(self, num_tokens: int) -> tuple[list[float], float, float]:
         """(us per call of every timed launch, median us of the fused kernel alone, mean number of experts touched here)."""
@@ -156,6 +158,7 @@ def deep_gemm_note() -> str:
 @click.option("--routing", type=click.Choice(ROUTINGS), default="uniform", show_default=True, help="How tokens choose experts.")
 @click.option("--graph/--no-graph", default=True, show_default=True, help="Time CUDA graphs, or eager calls.")
 @click.option("--fp8-combine", is_flag=True, help="Expert outputs travel as E4M3 (changes the result).")
+@click.option("--fp4-dispatch", is_flag=True, help="Tokens travel as E2M1 (changes the result).")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON lines and the plot.")
 @click.option(
     "--compare", type=click.Choice(["deep_gemm"]), help="Also time the installed DeepGEMM FP8 MegaMoE, when it is there."
@@ -170,6 +173,7 @@ def main(
     routing: str,
     graph: bool,
     fp8_combine: bool,
+    fp4_dispatch: bool,
     out: Path | None,
     compare: str | None,
     commit: str | None,
@@ -188,7 +192,7 @@ def main(
         click.echo(deep_gemm_note())
     sku = sku_of(torch.cuda.get_device_name())
     hbm, fp8 = measure.hbm_read_tbps(), measure.fp8_matmul_tflops()
-    setup = Setup(shape_name, tokens, num_experts, routing, graph, fp8_combine, seed)
+    setup = Setup(shape_name, tokens, num_experts, routing, graph, fp8_combine, fp4_dispatch, seed)
     by_rank = [measure_rank(None, setup)] if ranks == 1 else run_on_ranks(ranks, measure_rank, setup)
     rows, alone = [], []
     for num_tokens, measured in zip(tokens, zip(*by_rank, strict=True), strict=True):
@@ -198,7 +202,7 @@ def main(
         alone.append(kernel_us)
         rows.append(
             report.Measurement(
-                kernel=KERNEL + ("+fp8_combine" if fp8_combine else ""),
+                kernel=KERNEL + "+fp8_combine" * fp8_combine + "+fp4_dispatch" * fp4_dispatch,
                 sku=sku,
                 shape=shape_name,
                 ranks=ranks,
@@ -227,7 +231,7 @@ def main(
         f"us/call: pre-dispatch and fused kernel; kernel us: fused kernel alone\n{report.table(rows, alone)}"
     )
     if out is not None:
-        variant = f"{'_fp8_combine' * fp8_combine}{'' if graph else '_eager'}"
+        variant = f"{'_fp8_combine' * fp8_combine}{'_fp4_dispatch' * fp4_dispatch}{'' if graph else '_eager'}"
         keep(rows, out / f"{sku.lower()}{f'x{ranks}' * (ranks > 1)}_{shape_name}_{routing}{variant}")
 
 

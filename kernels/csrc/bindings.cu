@@ -19,7 +19,7 @@ void check(cudaError_t error, const char* what) {
 // The integers of struct Shape, in its order.
 Shape to_shape(const tvm::ffi::Array<int64_t>& v) {
   auto at = [&](int i) { return static_cast<int>(v[i]); };
-  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10)};
+  return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11)};
 }
 
 // The kernels begin with griddepcontrol.wait, so their launch may overlap the end of whatever runs before them on the stream.
@@ -42,7 +42,7 @@ void launch(void (*kernel)(Params), const Params& params, int num_blocks, int nu
 tvm::ffi::Array<int64_t> workspace_layout(tvm::ffi::Array<int64_t> shape) {
   const Workspace w(to_shape(shape));
   return {w.epoch, w.exit_count, w.gave_up, w.arrived, w.results_sent, w.received_count, w.expert_load, w.expert_count, w.x_ready, w.h_ready, w.group_done,
-          w.group_claimed, w.next_task, w.control_bytes, w.slot_list, w.x, w.x_scale, w.topk_ids, w.topk_weights, w.combine, w.combine_scale, w.pool_x, w.pool_x_scale, w.pool_weight, w.pool_slot, w.pool_h, w.pool_h_scale, w.num_bytes};
+          w.group_claimed, w.next_task, w.control_bytes, w.slot_list, w.x, w.x_exponent, w.x_scale, w.topk_ids, w.topk_weights, w.combine, w.combine_scale, w.pool_x, w.pool_x_scale, w.pool_weight, w.pool_slot, w.pool_h, w.pool_h_scale, w.num_bytes};
 }
 
 void pre_dispatch(tvm::ffi::Array<int64_t> shape, int64_t workspace, int64_t hidden_states, int64_t topk_ids, int64_t topk_weights,

@@ -4,6 +4,9 @@
 
 namespace hopper_moe {
 
+// E4M3 bytes of the E2M1 magnitudes 0 .5 1 1.5 | 2 3 4 6.
+constexpr uint32_t kE2m1AsE4m3Low = 0x3C383000u, kE2m1AsE4m3High = 0x4C484440u;
+
 // Where a pool row comes from and goes to. Rows are counted over the valid rows of all local experts; an expert's are ordered by source rank.
 struct PoolRow {
   int rank, slot;              // source: slot = token * top_k + k
@@ -26,19 +29,14 @@ struct PoolRow {
   }
 };
 
-// One warp copies one row. kInFlight 16-byte loads a lane hide the latency.
+// Where 16-byte chunk `chunk` of a row goes.
+__device__ __forceinline__ uint4* pool_chunk(uint8_t* block, const PoolRow& to, int chunk) {
+  return reinterpret_cast<uint4*>(block + int64_t{chunk / 8} * to.tile * kUnitK + swizzled(to.row, chunk % 8));
+}
+
+// kInFlight 16-byte loads a lane hide the latency.
 template <int kInFlight>
-__device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const ExpertTable& table, uint32_t* x_ready, int index, int lane) {
-  const Shape& s = p.shape;
-  const int groups = s.num_scale_groups(), num_chunks = s.hidden / 16;
-  const PoolRow to(p, table, index);
-  const int token = to.slot / s.top_k;
-  const uint8_t* source = p.peer<uint8_t>(to.rank, p.ws.x) + int64_t{token} * s.hidden;
-  uint8_t* pool = p.local<uint8_t>(p.ws.pool_x) + int64_t{to.block_row} * s.hidden;
-  const float* source_scale = p.peer<float>(to.rank, p.ws.x_scale) + int64_t{token} * groups;
-  float scale = 0.f;
-  if (lane < groups) scale = __ldcg(source_scale + lane);
-  const float weight = __ldcg(p.peer<float>(to.rank, p.ws.topk_weights) + to.slot);
+__device__ __forceinline__ void copy_row(const uint8_t* source, uint8_t* block, const PoolRow& to, int num_chunks, int lane) {
   for (int first = 0; first < num_chunks; first += 32 * kInFlight) {
     uint4 v[kInFlight];
 #pragma unroll
@@ -49,8 +47,51 @@ __device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const Exper
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int chunk = first + i * 32 + lane;
-      if (chunk < num_chunks) *reinterpret_cast<uint4*>(pool + int64_t{chunk / 8} * to.tile * kUnitK + swizzled(to.row, chunk % 8)) = v[i];
+      if (chunk < num_chunks) *pool_chunk(block, to, chunk) = v[i];
     }
+  }
+}
+
+// Eight E2M1 values times 2**exponent as E4M3, to nearest.
+__device__ __forceinline__ uint2 expand_e2m1(uint32_t nibbles, int exponent) {
+  const __half2 step = __float2half2_rn(__int_as_float((exponent + 127) << 23));
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t pair = nibbles >> 8 * i;   // one magnitude in bits 0-2, the next in 4-6; signs in bits 3 and 7
+    const uint32_t bytes = ptx::prmt(kE2m1AsE4m3Low, kE2m1AsE4m3High, pair & 0x77) | (pair & 8) << 4 | (pair & 0x80) << 8;
+    pairs[i] = ptx::scale_e4m3x2(static_cast<uint16_t>(bytes), step);
+  }
+  return make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+}
+
+// The row arrives as E2M1 and is stored as E4M3, which is what the products read.
+__device__ inline void expand_row(const uint8_t* source, const int8_t* exponents, uint8_t* block, const PoolRow& to, int num_chunks, int lane) {
+  for (int chunk = lane; chunk < num_chunks; chunk += 32) {
+    const uint2 nibbles = __ldcg(reinterpret_cast<const uint2*>(source + chunk * 8));
+    const int exponent = static_cast<signed char>(__ldcg(reinterpret_cast<const char*>(exponents + chunk * 16 / kFp4Group)));
+    const uint2 low = expand_e2m1(nibbles.x, exponent), high = expand_e2m1(nibbles.y, exponent);
+    *pool_chunk(block, to, chunk) = make_uint4(low.x, low.y, high.x, high.y);
+  }
+}
+
+// One warp moves one row.
+template <int kInFlight>
+__device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const ExpertTable& table, uint32_t* x_ready, int index, int lane) {
+  const Shape& s = p.shape;
+  const int groups = s.num_scale_groups(), num_chunks = s.hidden / 16;
+  const PoolRow to(p, table, index);
+  const int token = to.slot / s.top_k;
+  const uint8_t* source = p.peer<uint8_t>(to.rank, p.ws.x) + int64_t{token} * s.token_bytes();
+  uint8_t* pool = p.local<uint8_t>(p.ws.pool_x) + int64_t{to.block_row} * s.hidden;
+  const float* source_scale = p.peer<float>(to.rank, p.ws.x_scale) + int64_t{token} * groups;
+  float scale = 0.f;
+  if (lane < groups) scale = __ldcg(source_scale + lane);
+  const float weight = __ldcg(p.peer<float>(to.rank, p.ws.topk_weights) + to.slot);
+  if (s.fp4_dispatch) {
+    expand_row(source, p.peer<int8_t>(to.rank, p.ws.x_exponent) + int64_t{token} * s.num_token_exponents(), pool, to, num_chunks, lane);
+  } else {
+    copy_row<kInFlight>(source, pool, to, num_chunks, lane);
   }
   float* pool_scale = p.local<float>(p.ws.pool_x_scale) + int64_t{to.block_row} * groups;
   if (lane < groups) pool_scale[lane * to.tile + to.row] = scale;

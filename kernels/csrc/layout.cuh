@@ -13,6 +13,7 @@ constexpr int kUnitBytes = HM_UNIT_BYTES;        // nibbles + scale deltas
 constexpr int kUnitNibbleBytes = kUnitRows * kUnitK / 2;
 constexpr int kActGroup = HM_ACT_GROUP;          // k per activation scale of x
 constexpr int kHGroup = HM_H_GROUP;              // features per activation scale of h
+constexpr int kFp4Group = HM_MXFP4_GROUP;        // features per exponent of an FP4 token
 constexpr int kCombineGroup = HM_COMBINE_GROUP;  // columns per scale of an FP8 combine slot
 constexpr int kBaseShift = HM_BASE_SHIFT;        // weight = e2m1 * 2**(delta - kBaseShift) * 2**(base + kBaseShift - 127)
 constexpr float kE4m3Max = HM_E4M3_MAX;          // what a group's largest value is scaled to
@@ -37,6 +38,7 @@ struct Shape {
   int capacity;                                  // tokens per rank the workspace has room for
   int wave_rows;                                 // pool rows of one wave; a launch with more rows reuses the pools, wave after wave
   int fp8_combine;                               // slots travel as E4M3 with a scale per kCombineGroup columns, not as BF16
+  int fp4_dispatch;                              // tokens travel as E2M1 with an exponent per kFp4Group features, not as E4M3
 
   __host__ __device__ int num_scale_groups() const { return ceil_div(hidden, kActGroup); }
   __host__ __device__ int num_features_tiles() const { return intermediate / kHGroup; }      // L1 tasks of one token block
@@ -48,6 +50,8 @@ struct Shape {
   __host__ __device__ int max_blocks() const { return static_cast<int>(max_rows() / 8); }   // token tiles are at least 8 wide
   // A wave's last block may reach beyond it.
   __host__ __device__ int64_t pool_rows() const { return int64_t{wave_rows} + kMaxTokenTile; }
+  __host__ __device__ int token_bytes() const { return fp4_dispatch ? hidden / 2 : hidden; }
+  __host__ __device__ int num_token_exponents() const { return fp4_dispatch ? hidden / kFp4Group : 0; }
   __host__ __device__ int num_combine_groups() const { return fp8_combine ? hidden / kCombineGroup : 0; }
 };
 
@@ -70,7 +74,8 @@ struct Workspace {
   int64_t control_bytes;    // everything above
   // this rank's tokens, written by pre-dispatch
   int64_t slot_list;        // u32 [num_experts][list_stride]: token * top_k + slot
-  int64_t x;                // E4M3 [capacity][hidden]
+  int64_t x;                // E4M3 [capacity][hidden], or E2M1 [capacity][hidden / 2], low nibble = even feature
+  int64_t x_exponent;       // i8 [capacity][token exponents]: a value is e2m1 * 2**exponent * x_scale
   int64_t x_scale;          // f32 [capacity][scale groups]
   int64_t topk_ids;         // i32 [capacity][top_k]
   int64_t topk_weights;     // f32 [capacity][top_k]
@@ -107,7 +112,8 @@ struct Workspace {
     next_task = take(8);
     control_bytes = at;
     slot_list = take(int64_t{4} * s.num_experts * s.list_stride());
-    x = take(int64_t{s.capacity} * s.hidden);
+    x = take(int64_t{s.capacity} * s.token_bytes());
+    x_exponent = take(int64_t{s.capacity} * s.num_token_exponents());
     x_scale = take(int64_t{4} * s.capacity * s.num_scale_groups());
     topk_ids = take(int64_t{4} * s.capacity * s.top_k);
     topk_weights = take(int64_t{4} * s.capacity * s.top_k);

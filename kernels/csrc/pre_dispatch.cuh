@@ -20,6 +20,8 @@ struct PreDispatchParams {
 };
 
 constexpr int kPreDispatchThreads = 256;
+constexpr int kFp4GroupShift = 6;       // the group's largest E2M1 value, 6 * 2**6 = 384, still fits E4M3
+constexpr int kMinFp4Exponent = -20;    // 6 * 2**-20 is far below half the smallest E4M3 number, as is everything smaller
 
 // One warp, one scale group of up to 256 features: 8 a lane.
 __device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out, float* scale, int lane, bool active) {
@@ -41,6 +43,42 @@ __device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out,
   }
   if (active) *reinterpret_cast<uint2*>(out + lane * 8) = make_uint2(q[0], q[1]);
   if (lane == 0) *scale = __fdiv_rn(amax, kE4m3Max);
+}
+
+// Smallest e with 6 * 2**e >= amax, the largest E2M1 value being 6 = 1.5 * 2**2.
+__device__ __forceinline__ int e2m1_exponent(float amax) {
+  const uint32_t bits = __float_as_uint(amax);
+  return static_cast<int>(bits >> 23) - 127 - 2 + ((bits & 0x7FFFFFu) > 0x400000u);
+}
+
+// Nearest E2M1 code of a value in -6..6; halfway goes to the even code.
+__device__ __forceinline__ uint32_t to_e2m1(float v) {
+  const float a = fabsf(v);
+  const uint32_t code = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.f);
+  return code | (__float_as_uint(v) >> 31) << 3;
+}
+
+// The same for FP4 dispatch: E2M1 with an exponent per 32 features, relative to the group's E4M3 scale (contract section 1, options).
+__device__ __forceinline__ void quantize_group_fp4(const uint16_t* in, uint8_t* out, int8_t* exponents, float* scale, int lane, bool active) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (active) v = *reinterpret_cast<const uint4*>(in + lane * 8);
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  float amax = kAmaxFloor;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fmaxf(fabsf(ptx::bf16_low(words[i])), fabsf(ptx::bf16_high(words[i]))));
+#pragma unroll
+  for (int step = 1; step < kFp4Group / 8; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
+  const int exponent = e2m1_exponent(amax);
+  const int group_exponent = __reduce_max_sync(~0u, exponent) - kFp4GroupShift;
+  const float inverse = __int_as_float((127 - exponent) << 23);
+  uint32_t nibbles = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    nibbles |= (to_e2m1(ptx::bf16_low(words[i]) * inverse) | to_e2m1(ptx::bf16_high(words[i]) * inverse) << 4) << 8 * i;
+  }
+  if (active) *reinterpret_cast<uint32_t*>(out + lane * 4) = nibbles;
+  if (active && lane % (kFp4Group / 8) == 0) exponents[lane / (kFp4Group / 8)] = static_cast<int8_t>(max(exponent - group_exponent, kMinFp4Exponent));
+  if (lane == 0) *scale = __int_as_float((group_exponent + 127) << 23);
 }
 
 __global__ void __launch_bounds__(kPreDispatchThreads) pre_dispatch_kernel(const __grid_constant__ PreDispatchParams p) {
@@ -66,8 +104,13 @@ __global__ void __launch_bounds__(kPreDispatchThreads) pre_dispatch_kernel(const
   const int num_groups = s.num_scale_groups();
   for (int group = warp; group < num_groups; group += kPreDispatchThreads / 32) {
     const int64_t first = int64_t{token} * s.hidden + group * kActGroup;
-    quantize_group(p.hidden_states + first, at(p.ws.x) + first, reinterpret_cast<float*>(at(p.ws.x_scale)) + token * num_groups + group, lane,
-                   group * kActGroup + lane * 8 < s.hidden);
+    float* scale = reinterpret_cast<float*>(at(p.ws.x_scale)) + token * num_groups + group;
+    const bool active = group * kActGroup + lane * 8 < s.hidden;
+    if (s.fp4_dispatch) {
+      quantize_group_fp4(p.hidden_states + first, at(p.ws.x) + first / 2, reinterpret_cast<int8_t*>(at(p.ws.x_exponent)) + first / kFp4Group, scale, lane, active);
+    } else {
+      quantize_group(p.hidden_states + first, at(p.ws.x) + first, scale, lane, active);
+    }
   }
 }
 

@@ -46,6 +46,16 @@ __device__ __forceinline__ float2 from_e4m3x2(uint16_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&halves));
 }
 
+// Two E4M3 times a power of two, to the nearest E4M3 (ties to even); the products are exact in FP16 down to 2**-24.
+__device__ __forceinline__ uint16_t scale_e4m3x2(uint16_t pair, __half2 factor) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&halves), factor);
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(r) : "r"(*reinterpret_cast<const uint32_t*>(&product)));
+  return r;
+}
+
 // Two FP32 to two BF16, round to nearest even, low half = `low`.
 __device__ __forceinline__ uint32_t to_bf16x2(float low, float high) {
   uint32_t r;
