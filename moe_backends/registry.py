@@ -7,6 +7,7 @@ layer"; `create_runner` imports the one module that is needed.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ class KernelSpec:
     max_experts: int | None = None  # of the whole layer, redundant ones included
     capturable: bool = True  # can run inside a CUDA graph
     multi_rank: bool = False  # its runner has `run_across_ranks`: it moves tokens between ranks itself; else SGLang does
+    package: str | None = None  # a package that is not among our own requirements
     options: frozenset[str] = frozenset()  # optional settings it implements: fp8_combine, fp4_dispatch
 
 
@@ -71,7 +73,14 @@ _SPECS = (
         max_experts=400,
     ),
     KernelSpec("fp8_mega", "FP8 experts, the same fused kernel", None, "fp8", HOPPER),
-    KernelSpec("w4a16", "FP4 experts, BF16 activations, for small batches", None, "fp4", HOPPER),
+    KernelSpec(
+        "w4a16",
+        "FP4 experts, BF16 activations: FlashInfer's mixed-input kernel",
+        "hopper_moe.moe_backends.runners.w4a16:create",
+        "fp4",
+        HOPPER,
+        package="flashinfer",
+    ),
     KernelSpec(
         "reference",
         "FP4 experts in plain torch, FP64 sums: any device, slow, what the kernels are checked against",
@@ -164,6 +173,8 @@ def _problem(spec: KernelSpec, settings: Settings, capability: tuple[int, int] |
         return "not built in this release"
     if spec.capability is not None and capability != spec.capability:
         return f"needs compute capability {spec.capability[0]}.{spec.capability[1]}, here is {_device(capability)}"
+    if spec.package is not None and importlib.util.find_spec(spec.package) is None:
+        return f"needs {spec.package}, which is not installed (pip install 'sglang-hopper-moe[sglang]')"
     missing = [name for name in ("fp8_combine", "fp4_dispatch") if getattr(settings, name) and name not in spec.options]
     if missing:
         return " and ".join(f"has no {name} in this release (set by {_origin(settings, name)})" for name in missing)

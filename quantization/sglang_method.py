@@ -115,10 +115,11 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         setattr(layer, MARK, True)
 
     def _store(self, layer: torch.nn.Module) -> tuple[Any, Any]:
-        """(runner, experts): packed for the kernel, or as the checkpoint has them where packing would round."""
+        """(runner, experts): in the kernel's format, or as the checkpoint has them where that would round."""
+        runner = create_runner(self._kernel.name)
         report = check_exact(layer.w13_weight_scale_inv.data, layer.w2_weight_scale_inv.data)
-        if report.is_exact:
-            return create_runner(self._kernel.name), pack_layer(layer)
+        if report.is_exact or runner.experts_type.holds_every_row:
+            return runner, pack_layer(layer, runner.experts_type)
         rule = settings().inexact_rows
         if self._kernel.name != "reference" and rule == "refuse":
             report.require_exact(self._prefix)

@@ -28,8 +28,16 @@ def test_auto_takes_the_best_that_runs_and_logs_why(capability, kernel, caplog):
 
 
 def test_auto_stays_within_what_older_switches_allow():
-    assert choose(load({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0"}), (9, 0)).spec.name == "reference"
+    assert choose(load({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0"}), (9, 0)).spec.name == "w4a16"
     assert choose(load({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "1"}), (9, 0)).spec.name == "mxfp4_mega"
+
+
+def test_a_kernel_of_a_package_that_is_missing_is_passed_over_by_auto_and_refused_by_name(monkeypatch):
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    choice = choose(load({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0"}), (9, 0))
+    assert choice.spec.name == "reference" and "w4a16 (needs flashinfer" in choice.reason
+    with pytest.raises(Refusal, match="HOPPER_MOE_KERNEL=w4a16: needs flashinfer, which is not installed"):
+        choose(load({"HOPPER_MOE_KERNEL": "w4a16"}), (9, 0))
 
 
 def test_a_named_kernel_is_taken_as_named():
