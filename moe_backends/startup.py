@@ -101,10 +101,10 @@ class Ready:
         self.errors.append(error)
         self.check_seconds += seconds
 
-    def announce(self) -> None:
-        """Log the sums at the first call of any layer: all are loaded then. Later calls do nothing."""
+    def announce(self) -> bool:
+        """Log the sums at the first call of any layer: all are loaded then. Later calls do nothing and return False."""
         if self.announced:
-            return
+            return False
         self.announced = True
         checked = f"self-check {max(self.errors):.1e} in {self.check_seconds:.1f} s" if self.errors else "no self-check"
         logger.info(
@@ -113,6 +113,7 @@ class Ready:
             self.expert_bytes / GIB,
             checked,
         )
+        return True
 
 
 READY = Ready()

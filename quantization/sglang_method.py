@@ -14,6 +14,7 @@ from hopper_moe.moe_backends import compat, self_check
 from hopper_moe.moe_backends.base import ExpertShard
 from hopper_moe.moe_backends.env import settings
 from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.metrics import metrics
 from hopper_moe.moe_backends.registry import KernelSpec, create_runner
 from hopper_moe.moe_backends.sglang_hooks import MARK
 from hopper_moe.moe_backends.startup import READY, announce_plan
@@ -166,8 +167,8 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         """Standard dispatcher: partial sums of this rank's experts for every row; SGLang adds the ranks up."""
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
-        READY.announce()
         hidden_states = dispatch_output.hidden_states
+        self._note_call(hidden_states.shape[0])
         if compat.exchange_is_megamoe():
             raise Refusal(
                 f"{self._prefix}: {hidden_states.shape[0]} tokens came past the fused exchange, whose limit is "
@@ -209,7 +210,7 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         Ids are global (physical) here. `routed_scaling_factor` is what SGLang has not multiplied in yet: 1.0 if its top-k has.
         Returns a fresh bf16 [num_tokens, hidden_size].
         """
-        READY.announce()
+        self._note_call(num_tokens)
         shard = self._shard
         if (
             shared_l1_weights is not None
@@ -242,6 +243,13 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         if group is None:
             return self._runner.run(hidden_states, topk_ids.to(torch.int32), weights)
         return self._runner.run_across_ranks(hidden_states, topk_ids.to(torch.int32), weights, group)
+
+    def _note_call(self, num_tokens: int) -> None:
+        figures = metrics(self._kernel.name)
+        if READY.announce() and figures is not None:
+            figures.ready(READY)
+        if figures is not None:
+            figures.count(self._runner, num_tokens)
 
     def _run_in_pieces(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """The runner over at most `max_tokens_per_rank` rows at a time; a row's result does not depend on the others."""

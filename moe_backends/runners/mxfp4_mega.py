@@ -70,6 +70,12 @@ class Mxfp4MegaRunner:
             swiglu_limit=self._swiglu_limit,
         )
 
+    @property
+    def launch_counter(self) -> torch.Tensor:
+        """uint8 [4]: little-endian number of launches of this rank's kernel, all layers together, kept by the kernel itself."""
+        kernel = self._kernel
+        return kernel.workspace[kernel.offsets["epoch"] : kernel.offsets["epoch"] + 4]
+
 
 def create() -> Mxfp4MegaRunner:
     """A runner for one layer."""
