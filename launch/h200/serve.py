@@ -11,6 +11,7 @@ without, it runs until Ctrl-C. The command sees SERVER_URL (http://127.0.0.1:POR
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def main(
     command: str | None,
     sglang_arguments: tuple[str, ...],
 ) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server stops with us
     try:
         with serving(
             model, backend=backend, kernel=kernel, port=port, log=log, ready_timeout=ready_timeout, arguments=sglang_arguments
