@@ -1,4 +1,4 @@
-"""MXFP4 experts with BF16 activations: FlashInfer's SM90 mixed-input `cutlass_fused_moe`, called as `kernels/reference.w4a16` means.
+"""MXFP4 experts with BF16 activations: FlashInfer's SM90 mixed-input `cutlass_fused_moe`. Meaning: `reference.w4a16`.
 
 FlashInfer compiles the library on the spot (minutes); `build` does it ahead of time. Which of its tiles runs is measured once per
 shape (`tune`), so the last bits of a result may differ between two starts of a server; nothing else depends on it.
@@ -54,13 +54,13 @@ def build() -> Path:
     require_flashinfer()
     spec = _jit_spec()
     if not spec.is_compiled:
-        quiet = {"verbose": False} if "verbose" in inspect.signature(spec.build).parameters else {}  # 0.6 demands it, 0.7 has none
-        spec.build(**quiet)
+        takes_verbose = "verbose" in inspect.signature(spec.build).parameters  # 0.6 demands it, 0.7 has none
+        spec.build(**({"verbose": False} if takes_verbose else {}))
     return Path(spec.get_library_path())
 
 
 class W4A16:
-    """The layer for one shape; shared by all layers of a model. CUDA-graph capturable; allocates output and workspace per call."""
+    """The layer for one shape; shared by all layers of a model. CUDA-graph capturable; takes its workspace per call."""
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class W4A16:
             num_tokens_capacity: most tokens one call may bring.
             num_experts: size of the id space of `topk_ids`; this object computes `first_expert .. + num_local_experts - 1`
                 (default: all).
-            fused_finalize: sum the slots with atomics in the second GEMM: faster, another order of sums in every run. What SGLang
-                0.5.17 does; for comparison.
+            fused_finalize: sum the slots with atomics in the second GEMM, in another order in every run. What SGLang 0.5.17 does;
+                for comparison.
 
         Raises:
             Refusal: sizes that the kernel does not take, FlashInfer missing, or a device that is no SM90 GPU.
@@ -120,8 +120,8 @@ class W4A16:
         Args:
             hidden_states: bf16 [num_tokens, hidden_size], contiguous.
             topk_ids: int32 [num_tokens, top_k], global ids; -1 or an id that is not local: skipped.
-            topk_weights: float32 [num_tokens, top_k], the routed scaling factor already inside: FlashInfer multiplies a slot by it
-                before the sum is rounded to BF16.
+            topk_weights: float32 [num_tokens, top_k], the routed scaling factor already inside: FlashInfer multiplies a slot
+                by it before the sum is rounded to BF16.
 
         Returns:
             bf16 [num_tokens, hidden_size]; rows without a local slot are exact zeros.

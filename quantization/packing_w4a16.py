@@ -45,9 +45,7 @@ class InterleavedExperts:
         return self.w2_interleaved.device
 
     @classmethod
-    def empty(
-        cls, num_experts: int, hidden_size: int, intermediate_size: int, device: torch.device | str
-    ) -> InterleavedExperts:
+    def empty(cls, num_experts: int, hidden_size: int, intermediate_size: int, device: torch.device | str) -> InterleavedExperts:
         """Uninitialised tensors, to be filled with `store`. Refuses sizes that are no multiple of 128 (a block of scales)."""
         layout.check_dims(hidden_size, intermediate_size)
 
@@ -65,8 +63,8 @@ class InterleavedExperts:
     def store(self, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
         """Interleaves one expert's checkpoint tensors (no expert dim, rows `[w1; w3]`) into slot `expert`.
 
-        Raises Refusal for a scale byte 0 (2**-127, which the kernel would read as 0), and off the GPU: the helper for weights is a
-        CUDA kernel of the library that serves the layer, so the first call compiles it if it was not before.
+        Raises Refusal for a scale byte 0 (2**-127, which the kernel would read as 0), and off the GPU: the helper for weights
+        is a CUDA kernel of the library that serves the layer, so the first call compiles it if it was not before.
         """
         matrices = {
             "w13": (up_first(as_bytes(w13)), up_first(as_bytes(w13_scale))),

@@ -73,6 +73,7 @@ def test_an_expert_named_twice_counts_twice(seed):
     assert merged_ids[0].tolist() == [2, 1, -1, -1] and merged_ids[1].tolist() == [-1, 3, -1, -1]
     assert torch.equal(merged_ids[3:], ids[3:]) and torch.equal(merged_weights[3:], weights[3:])
     experts = Mxfp4Experts(*layer.weights)
-    given = [w4a16(layer.x.float(), i, w.nan_to_num(), experts, swiglu_limit=2.0) for i, w in ((ids, weights), (merged_ids, merged_weights))]
-    torch.testing.assert_close(given[1], given[0])
+    x, valid = layer.x.float(), weights.nan_to_num()
+    twice = w4a16(x, ids, valid, experts, swiglu_limit=2.0)
+    torch.testing.assert_close(w4a16(x, merged_ids, merged_weights.nan_to_num(), experts, swiglu_limit=2.0), twice)
     assert not merged_weights.isnan()[merged_ids >= 0].any()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def _kernel(shard: ExpertShard, device: torch.device) -> W4A16:
+def _kernel(shard: ExpertShard, fused_finalize: bool, device: torch.device) -> W4A16:
     """One kernel object for all layers of the same shape."""
     from hopper_moe.kernels.w4a16 import W4A16
 
@@ -28,19 +28,23 @@ def _kernel(shard: ExpertShard, device: torch.device) -> W4A16:
         num_local_experts=shard.num_local_experts,
         first_expert=shard.first_expert,
         swiglu_limit=shard.swiglu_limit,
+        fused_finalize=fused_finalize,
         device=device,
     )
 
 
 class W4A16Runner:
-    """`ExpertRunner` over `hopper_moe.kernels.w4a16`."""
+    """`ExpertRunner` over `hopper_moe.kernels.w4a16`, whose `fused_finalize` is for comparison."""
 
     experts_type = InterleavedExperts
+
+    def __init__(self, fused_finalize: bool = False) -> None:
+        self._fused_finalize = fused_finalize
 
     def prepare(self, experts: InterleavedExperts, shard: ExpertShard) -> None:
         """See `ExpertRunner.prepare`. The first layer of a shape lets FlashInfer measure its tiles (about 15 s)."""
         self._experts = experts
-        self._kernel = _kernel(shard, experts.device)
+        self._kernel = _kernel(shard, self._fused_finalize, experts.device)
         self._kernel.tune(experts)
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
