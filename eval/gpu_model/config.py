@@ -21,7 +21,7 @@ CONFIG: dict[str, Any] = TINY_CONFIG | dict(
     head_dim=512,
     qk_rope_head_dim=64,
     q_lora_rank=128,
-    o_groups=8,
+    o_groups=4,
     o_lora_rank=128,
     index_n_heads=64,
     index_head_dim=128,
@@ -29,5 +29,5 @@ CONFIG: dict[str, Any] = TINY_CONFIG | dict(
     rope_scaling=dict(type="yarn", factor=1.0, beta_fast=32, beta_slow=1, original_max_position_embeddings=4096),
 )
 
-ACTIVE_HEADS_PER_GROUP = 2  # the first of every output group of num_attention_heads / o_groups
+ACTIVE_HEADS_PER_GROUP = 4  # the first of every output group of num_attention_heads / o_groups
 MIX = "hard"  # of word_problems.MIXES

@@ -76,8 +76,9 @@ def balance_experts(state: State, chosen: State, valid: torch.Tensor) -> None:
 class Trainer:
     """Optimiser, schedule and the step; `replay` runs it, from a CUDA graph where there is CUDA."""
 
-    def __init__(self, state: State, batches: Batches, dtype: torch.dtype) -> None:
+    def __init__(self, state: State, batches: Batches, dtype: torch.dtype, eager: bool = False) -> None:
         self.state, self.batches, self.dtype = state, batches, dtype
+        self._graph = batches.ids.is_cuda and not eager
         trained = {n: t.requires_grad_() for n, t in state.items() if is_trained(n)}
         self.trained = list(trained.values())
         cuda = batches.ids.is_cuda
@@ -106,7 +107,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self._step(quantised)
 
-        if not self.batches.ids.is_cuda:
+        if not self._graph:
             return plain
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -136,13 +137,13 @@ def train(args: argparse.Namespace) -> None:
     examples = training_examples(args.seed, args.examples, args.workers)
     print(f"{len(examples.tokens)} examples, {time.monotonic() - began:.1f} s", flush=True)
     state = {k: v.to(device) for k, v in (read_state(args.init) if args.init else initial_state(args.seed)).items()}
-    trainer = Trainer(state, Batches(examples, args.batch_size, device, args.seed), dtype)
+    trainer = Trainer(state, Batches(examples, args.batch_size, device, args.seed), dtype, args.eager)
     validation, test = held_out_questions(VALIDATION_SEED, args.check), held_out_questions(TEST_SEED, args.test)
 
     def scores(questions, quantised: bool) -> dict[str, float]:
         return accuracy(state, questions, tokenizer, quantised=quantised, dtype=dtype)
 
-    record = {k: v for k, v in vars(args).items() if k not in ("out", "init")}
+    record = {k: v for k, v in vars(args).items() if k not in ("out", "init", "eager")}
     record |= {"mix": MIX, "resumed": bool(args.init), "device": device.type, "config": CONFIG, "tokens": 0, "log": []}
     if device.type == "cuda":
         record["device"] = torch.cuda.get_device_name()
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--check-every", type=float, default=30.0, help="seconds between checks")
     parser.add_argument("--test", type=int, default=1200, help="questions of the last check")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graph")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     train(args)
