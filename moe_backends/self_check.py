@@ -64,15 +64,16 @@ def draw(shard: ExpertShard, device: torch.device, seed: int) -> tuple[torch.Ten
     Normal activations with outlier features and one large token, routed as the layer's top-k does it (distinct experts, weights
     that sum to one): to experts of this rank first, the last token anywhere and partly masked.
     """
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(NUM_TOKENS, shard.hidden_size, generator=generator)
-    x *= torch.exp(0.5 * torch.randn(shard.hidden_size, generator=generator))
+    # Types are named: while SGLang loads a model, torch's default is BF16.
+    options = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float32, "device": "cpu"}
+    x = torch.randn(NUM_TOKENS, shard.hidden_size, **options)
+    x *= torch.exp(0.5 * torch.randn(shard.hidden_size, **options))
     x[1] *= 30
-    preference = torch.rand(NUM_TOKENS, shard.num_experts, generator=generator)
+    preference = torch.rand(NUM_TOKENS, shard.num_experts, **options)
     preference[:-1, shard.first_expert : shard.first_expert + shard.num_local_experts] += 1
     ids = preference.topk(shard.top_k).indices.to(torch.int32)
     ids[-1, 0] = -1
-    weights = torch.rand(NUM_TOKENS, shard.top_k, generator=generator) + 0.05
+    weights = torch.rand(NUM_TOKENS, shard.top_k, **options) + 0.05
     weights /= weights.sum(1, keepdim=True)
     return x.bfloat16().to(device), ids.to(device), weights.to(device)
 

@@ -77,6 +77,20 @@ def test_rounding_as_the_fused_kernel_does_it_passes(setup):
     assert 7e-3 < self_check.require_agreement("layer", "mxfp4_mega", rounds, sample(setup)) < 1e-2
 
 
+def test_the_default_type_of_torch_does_not_matter(setup):
+    """SGLang loads models with BF16 as default; the runner's interface wants FP32 weights whatever it is."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        drawn = sample(setup)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [t.dtype for t in (drawn.hidden_states, drawn.topk_ids, drawn.topk_weights)] == [
+        torch.bfloat16,
+        torch.int32,
+        torch.float32,
+    ]
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_every_mistake_is_refused(setup, mistake):
     with pytest.raises(Refusal, match="differs from the reference|returned"):
