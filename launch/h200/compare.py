@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import httpx
 from hopper_moe.moe_backends.errors import Refusal
 
 PROMPT_LENGTHS = (4, 17, 64, 200)
+SCORED_LENGTH = 512
 QUESTION = "Mia has 7 apples and buys 5 more. How many apples does Mia have now?"
 _TIMEOUT = 600.0
 
@@ -47,6 +49,20 @@ def greedy(url: str, input_ids: list[int], num_tokens: int) -> dict[str, Any]:
         "logprobs": [logprob for logprob, *_ in chosen],
         "second_logprobs": [logprob for logprob, *_ in runner_up],
     }
+
+
+def scored(url: str, input_ids: list[int]) -> list[float]:
+    """Log probability of every given token after the first: nothing is sampled, so no early difference hides the later ones."""
+    body = {
+        "input_ids": input_ids,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 1},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    reply = httpx.post(f"{url}/generate", json=body, timeout=_TIMEOUT)
+    if reply.status_code != 200:
+        raise Refusal(f"{url}/generate answered with HTTP {reply.status_code}: {reply.text[:300]}")
+    return [logprob for logprob, *_ in reply.json()["meta_info"]["input_token_logprobs"][1:]]
 
 
 def chat(url: str, question: str = QUESTION) -> str:
@@ -79,6 +95,19 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def score_difference(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """How far two runs' log probabilities of the same tokens are apart, beside how much they vary over tokens."""
+    changes = sorted(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    return {
+        "tokens": len(changes),
+        "median_change": statistics.median(changes),
+        "p99_change": changes[int(0.99 * (len(changes) - 1))],
+        "mean_shift": statistics.fmean(a - b for a, b in zip(ours, theirs, strict=True)),
+        "spread": statistics.stdev(theirs),
+        "correlation": statistics.correlation(ours, theirs),
+    }
+
+
 @click.group(help=__doc__)
 def main() -> None:
     pass
@@ -93,7 +122,9 @@ def main() -> None:
 def ask(url: str, out: Path, seed: int, num_tokens: int, vocab_size: int) -> None:
     """Ask the server at URL and write its answers to OUT."""
     answers = [greedy(url, input_ids, num_tokens) for input_ids in prompts(seed, vocab_size)]
-    found = {"seed": seed, "chat": {"question": QUESTION, "answer": chat(url)}, "answers": answers}
+    rng = random.Random(seed + 1)
+    scores = scored(url, [rng.randrange(256, vocab_size) for _ in range(SCORED_LENGTH)])
+    found = {"seed": seed, "scores": scores, "chat": {"question": QUESTION, "answer": chat(url)}, "answers": answers}
     out.write_text(json.dumps(found, indent=1) + "\n")
     click.echo(f"{len(answers)} continuations of {num_tokens} tokens and a chat answer {found['chat']['answer']!r} in {out}")
 
@@ -108,6 +139,7 @@ def diff(ours: Path, theirs: Path) -> None:
         raise click.ClickException(f"{ours} was asked with seed {a['seed']}, {theirs} with {b['seed']}: ask both with the same.")
     for mine, other in zip(a["answers"], b["answers"], strict=True):
         click.echo(json.dumps(difference(mine, other)))
+    click.echo(json.dumps(score_difference(a["scores"], b["scores"])))
     click.echo(f"chat answers {'agree' if a['chat'] == b['chat'] else 'differ'}")
 
 
