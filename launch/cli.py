@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("hopper_moe.eval.cli:main", "Evaluate a served model over its OpenAI endpoints."),
     "checkpoint": ("hopper_moe.quantization.cli:main", "Look into a checkpoint without loading it."),
     "kernels": ("hopper_moe.kernels.build:main", "Build, list and tabulate the compiled kernels."),
+    "bench": ("hopper_moe.kernels.benchmarks.cli:main", "Time every kernel on one layer, and measure how exact each is."),
 }
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 if TYPE_CHECKING:
     import torch
-
-    from hopper_moe.quantization.packing import PackedExperts
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,30 @@ class ExpertShard:
     max_tokens_per_rank: int
 
 
+class ExpertTensors(Protocol):
+    """A layer's local experts as one kernel reads them: a frozen dataclass whose fields are tensors with dim 0 = local expert.
+
+    The loader makes it `empty`, stores one expert after the other, and registers its fields as parameters of the layer: a layer
+    exists in one format only, and SGLang's EPLB moves an expert by copying dim 0 of each.
+    """
+
+    holds_every_row: ClassVar[bool]  # False: rows whose scales span more than 12 octaves have to be refused first
+
+    @classmethod
+    def empty(cls, num_experts: int, hidden_size: int, intermediate_size: int, device: torch.device | str) -> Self:
+        """Uninitialised tensors for this many experts. Raises `Refusal` for sizes that the format does not have."""
+
+    def store(self, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
+        """Convert one expert's checkpoint tensors (no expert dim, rows of w13 `[w1; w3]`) into slot `expert`."""
+
+
 class ExpertRunner(Protocol):
     """Runs one layer's local experts. One object per layer, made by `registry.create_runner`."""
 
-    def prepare(self, packed: PackedExperts, shard: ExpertShard) -> None:
-        """Take the layer's packed weights (kept by reference, never copied) and anything the kernel needs beside them.
+    experts_type: ClassVar[type[ExpertTensors]]  # what `prepare` takes
+
+    def prepare(self, experts: ExpertTensors, shard: ExpertShard) -> None:
+        """Take the layer's weights (kept by reference, never copied) and anything the kernel needs beside them.
 
         Called once per layer after loading; again after a weight reload, which must give the same state.
         Raises `Refusal` when the shapes do not fit the kernel.

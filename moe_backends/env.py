@@ -44,6 +44,7 @@ class Settings:
     fp8_combine: bool
     fp4_dispatch: bool
     inexact_rows: str
+    self_check: bool
     timeout_s: int
     cache_dir: Path
     allowed_kernels: tuple[str, ...]

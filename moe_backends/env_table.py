@@ -125,6 +125,13 @@ VARIABLES: tuple[Variable, ...] = (
         lambda: "refuse",
     ),
     Variable(
+        "self_check",
+        "0 | 1",
+        "before serving, compare one layer of every rank with the reference and refuse to serve if it differs",
+        parse_bool,
+        lambda: True,
+    ),
+    Variable(
         "timeout_s",
         f"1..{MAX_TIMEOUT_S}",
         "seconds a kernel waits for another rank before it stops with a message naming that rank",

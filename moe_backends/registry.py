@@ -7,10 +7,13 @@ layer"; `create_runner` imports the one module that is needed.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hopper_moe.kernels.tile_table import sku_of
+from hopper_moe.moe_backends.auto_table import DECODE, PREFILL, MeasuredLayer, fastest
 from hopper_moe.moe_backends.env import Settings
 from hopper_moe.moe_backends.env_table import AUTO, KERNELS
 from hopper_moe.moe_backends.errors import Refusal
@@ -38,6 +41,7 @@ class KernelSpec:
     max_experts: int | None = None  # of the whole layer, redundant ones included
     capturable: bool = True  # can run inside a CUDA graph
     multi_rank: bool = False  # its runner has `run_across_ranks`: it moves tokens between ranks itself; else SGLang does
+    package: str | None = None  # a package that is not among our own requirements
     options: frozenset[str] = frozenset()  # optional settings it implements: fp8_combine, fp4_dispatch
 
 
@@ -71,7 +75,14 @@ _SPECS = (
         max_experts=400,
     ),
     KernelSpec("fp8_mega", "FP8 experts, the same fused kernel", None, "fp8", HOPPER),
-    KernelSpec("w4a16", "FP4 experts, BF16 activations, for small batches", None, "fp4", HOPPER),
+    KernelSpec(
+        "w4a16",
+        "FP4 experts, BF16 activations: FlashInfer's mixed-input kernel",
+        "hopper_moe.moe_backends.runners.w4a16:create",
+        "fp4",
+        HOPPER,
+        package="flashinfer",
+    ),
     KernelSpec(
         "reference",
         "FP4 experts in plain torch, FP64 sums: any device, slow, what the kernels are checked against",
@@ -85,8 +96,18 @@ REGISTRY: dict[str, KernelSpec] = {spec.name: spec for spec in _SPECS}
 assert tuple(REGISTRY) == KERNELS, "every kernel name of the environment table has exactly one spec, in the same order"
 
 
-def choose(settings: Settings, capability: tuple[int, int] | None) -> Choice:
+def choose(
+    settings: Settings,
+    capability: tuple[int, int] | None,
+    *,
+    device_name: str | None = None,
+    layer: LayerShape | None = None,
+    prefill_only: bool = False,
+) -> Choice:
     """The kernel to run on a device of this compute capability (None: no CUDA device), and the reason, which is logged.
+
+    With `layer` and `device_name` (as torch says it) `auto` decides from the measured table among the kernels that can serve the
+    layer; without, it takes the first one that runs here.
 
     Raises `Refusal` when the kernel asked for is not built or does not run here, or when no allowed kernel does.
     """
@@ -97,21 +118,48 @@ def choose(settings: Settings, capability: tuple[int, int] | None) -> Choice:
             raise Refusal(f"HOPPER_MOE_KERNEL={spec.name}: {problem}; {_advice(settings, capability)}")
         choice = Choice(spec, f"asked for by HOPPER_MOE_KERNEL={spec.name}")
     else:
-        passed_over: list[str] = []
-        for name in settings.allowed_kernels:
-            problem = _problem(REGISTRY[name], settings, capability)
-            if problem is None:
-                better = f"; passed over: {', '.join(passed_over)}" if passed_over else ""
-                choice = Choice(REGISTRY[name], f"the best that runs on {_device(capability)}{better}")
-                break
-            passed_over.append(f"{name} ({problem})")
-        else:
-            raise Refusal(
-                f"HOPPER_MOE_KERNEL=auto ({settings.sources['kernel']}): none is left that runs here, "
-                f"{', '.join(passed_over)}; {_advice(settings, capability)}"
-            )
+        choice = _choose_automatically(settings, capability, device_name, layer, PREFILL if prefill_only else DECODE)
     logger.info("kernel %s: %s", choice.spec.name, choice.reason)
     return choice
+
+
+def _choose_automatically(
+    settings: Settings,
+    capability: tuple[int, int] | None,
+    device_name: str | None,
+    layer: LayerShape | None,
+    tokens: tuple[int, int],
+) -> Choice:
+    problems = {name: _problem(REGISTRY[name], settings, capability) for name in settings.allowed_kernels}
+    able = [name for name, problem in problems.items() if problem is None]
+    if not able:
+        raise Refusal(
+            f"HOPPER_MOE_KERNEL=auto ({settings.sources['kernel']}): none is left that runs here, "
+            f"{_passed_over(problems)}; {_advice(settings, capability)}"
+        )
+    if layer is not None:
+        able = [name for name in able if not layer_refusals(REGISTRY[name], layer)] or able[:1]  # then the caller refuses
+    timed = [name for name in able if REGISTRY[name].capturable]  # the reference is never in a race
+    if layer is not None and device_name is not None and len(timed) > 1:
+        measured = MeasuredLayer(
+            sku_of(device_name),
+            layer.hidden_size,
+            layer.intermediate_size,
+            max(layer.num_experts // layer.ep_size, 1),
+            layer.top_k,
+            layer.ep_size,
+        )
+        verdict = fastest(timed, measured, tokens)
+        if verdict is not None:
+            return Choice(REGISTRY[verdict[0]], verdict[1])
+        return Choice(REGISTRY[timed[0]], f"the first of {', '.join(timed)}, which no measurement compares on {device_name}")
+    better = {name: why for name, why in problems.items() if why and KERNELS.index(name) < KERNELS.index(able[0])}
+    passed_over = f"; passed over: {_passed_over(better)}" if better else ""
+    return Choice(REGISTRY[able[0]], f"the best that runs on {_device(capability)}{passed_over}")
+
+
+def _passed_over(problems: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} ({problem})" for name, problem in problems.items())
 
 
 def layer_refusals(spec: KernelSpec, layer: LayerShape) -> list[str]:
@@ -164,6 +212,8 @@ def _problem(spec: KernelSpec, settings: Settings, capability: tuple[int, int] |
         return "not built in this release"
     if spec.capability is not None and capability != spec.capability:
         return f"needs compute capability {spec.capability[0]}.{spec.capability[1]}, here is {_device(capability)}"
+    if spec.package is not None and importlib.util.find_spec(spec.package) is None:
+        return f"needs {spec.package}, which is not installed (pip install 'sglang-hopper-moe[sglang]')"
     missing = [name for name in ("fp8_combine", "fp4_dispatch") if getattr(settings, name) and name not in spec.options]
     if missing:
         return " and ".join(f"has no {name} in this release (set by {_origin(settings, name)})" for name in missing)

@@ -6,6 +6,7 @@ that the format cannot hold exactly are found first (`check_exact`) and refused.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -20,7 +21,9 @@ _GROUPS_PER_HALF = layout.UNIT_K // layout.MXFP4_GROUP // _HALVES
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """The experts of one layer on one rank. Dim 0 of every tensor is the local expert, contiguous per expert; all uint8."""
+    """The experts of one layer on one rank (`base.ExpertTensors`). Contiguous per expert; all uint8."""
+
+    holds_every_row: ClassVar[bool] = False  # at most 12 octaves of scales a row, see `check_exact`
 
     w13_packed: torch.Tensor  # [E, 2I/128, H/128, 2, 4352]
     w13_base: torch.Tensor  # [E, 2I], packed row order (gate and up in eights)
@@ -80,6 +83,10 @@ class PackedExperts:
             bytes_of(*layout.w2_packed_shape(num_experts, hidden_size, intermediate_size)),
             bytes_of(num_experts, hidden_size),
         )
+
+    def store(self, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
+        """`pack_expert_into` this object."""
+        pack_expert_into(self, expert, w13, w13_scale, w2, w2_scale)
 
 
 def interleave_rows(intermediate_size: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -8,18 +8,19 @@ float8_e8m0fnu.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
+from hopper_moe.moe_backends.base import ExpertTensors
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
-from hopper_moe.quantization.packing import PackedExperts, pack_expert_into
+from hopper_moe.quantization.packing import PackedExperts
 
 WEIGHTS = ("w13_weight", "w2_weight")
 SCALES = ("w13_weight_scale_inv", "w2_weight_scale_inv")
 CHECKPOINT_PARAMETERS = (WEIGHTS[0], SCALES[0], WEIGHTS[1], SCALES[1])
-PACKED_PARAMETERS = ("w13_packed", "w13_base", "w2_packed", "w2_base")
+PACKED_PARAMETERS = tuple(field.name for field in fields(PackedExperts))
 
 _SHARDS = {"w13_weight": ("w1", "w3"), "w2_weight": ("w2",), "w13_weight_scale_inv": ("w1", "w3"), "w2_weight_scale_inv": ("w2",)}
 _PACKED_E2M1 = (torch.int8, torch.uint8) + ((torch.float4_e2m1fn_x2,) if hasattr(torch, "float4_e2m1fn_x2") else ())
@@ -140,18 +141,18 @@ def _scale_bytes(name: str, tensor: torch.Tensor) -> torch.Tensor:
 # ---- packing
 
 
-def pack_layer(layer: torch.nn.Module) -> PackedExperts:
-    """Pack the layer's checkpoint parameters expert by expert, register the packed ones, free the originals.
+def pack_layer(layer: torch.nn.Module, experts_type: type[ExpertTensors] = PackedExperts) -> ExpertTensors:
+    """Convert the layer's checkpoint parameters expert by expert, register the new ones, free the originals.
 
-    Every packed tensor becomes a Parameter with dim 0 = local expert, because that is what SGLang's EPLB moves. Exactness is the
-    caller's to check. At the peak the layer exists twice, no other layer does.
+    Every tensor of `experts_type` becomes a Parameter with dim 0 = local expert, because that is what SGLang's EPLB moves.
+    Exactness is the caller's to check. At the peak the layer exists twice, no other layer does.
     """
     w13, w13_scale, w2, w2_scale = (getattr(layer, name).data for name in CHECKPOINT_PARAMETERS)
-    packed = PackedExperts.empty(layer.num_local_experts, w2.shape[1], w2.shape[2] * 2, w13.device)
+    packed = experts_type.empty(layer.num_local_experts, w2.shape[1], w2.shape[2] * 2, w13.device)
     for expert in range(layer.num_local_experts):
-        pack_expert_into(packed, expert, w13[expert], w13_scale[expert], w2[expert], w2_scale[expert])
-    for name in PACKED_PARAMETERS:
-        layer.register_parameter(name, torch.nn.Parameter(getattr(packed, name), requires_grad=False))
+        packed.store(expert, w13[expert], w13_scale[expert], w2[expert], w2_scale[expert])
+    for field in fields(experts_type):
+        layer.register_parameter(field.name, torch.nn.Parameter(getattr(packed, field.name), requires_grad=False))
     for name in CHECKPOINT_PARAMETERS:
         # Kept by name but empty: a later reload finds it and is refused, where SGLang would skip a missing name in silence.
         setattr(layer, name, torch.nn.Parameter(torch.empty(0, dtype=getattr(layer, name).dtype), requires_grad=False))

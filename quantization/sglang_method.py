@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from hopper_moe.moe_backends import compat
+from hopper_moe.kernels.reference_weights import Mxfp4Experts
+from hopper_moe.moe_backends import compat, self_check
 from hopper_moe.moe_backends.base import ExpertShard
 from hopper_moe.moe_backends.env import settings
 from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.metrics import metrics
 from hopper_moe.moe_backends.registry import KernelSpec, create_runner
 from hopper_moe.moe_backends.sglang_hooks import MARK
+from hopper_moe.moe_backends.startup import READY, announce_plan
 from hopper_moe.quantization import layout
 from hopper_moe.quantization.exactness import check_exact
 from hopper_moe.quantization.sglang_loading import CHECKPOINT_PARAMETERS, LoadLedger, pack_layer, refuse_reload
@@ -95,6 +99,8 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
             swiglu_limit=config.swiglu_limit,
             max_tokens_per_rank=self._plan.capacity,
         )
+        if layer.moe_ep_rank == layer.moe_tp_rank == 0:
+            announce_plan(self._kernel, self._shard, self._plan, layer.w13_weight.device)
 
     def get_moe_runner_backend(self, layer: torch.nn.Module) -> None:
         """None: SGLang's standard top-k; under expert parallelism its dispatcher makes ids local, which `_global_ids` undoes."""
@@ -102,10 +108,12 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
     # ---- after loading
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check that every tensor came, pack, hand over to the kernel. A second call changes nothing."""
+        """Check that every tensor came, pack, hand over to the kernel; the first layer of a kind is checked against the
+        reference. A second call changes nothing."""
         if getattr(layer, MARK, False):
             return
         self._ledger.require_complete()
+        sample = self._sample(layer)
         self._runner, experts = self._store(layer)
         self._ledger.close()
         refuse_reload(layer, self._prefix)
@@ -113,12 +121,29 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         compat.keep_global_ids(layer)
         layer._mega_moe_weights_built = self._plan.exchange == "megamoe"
         setattr(layer, MARK, True)
+        READY.add(layer.parameters())
+        if sample is not None:
+            started = time.monotonic()
+            error = self_check.require_agreement(self._prefix, self._kernel.name, self._runner, sample, self._group(layer))
+            READY.checked(error, sample.seconds + time.monotonic() - started)
+
+    def _sample(self, layer: torch.nn.Module) -> self_check.Sample | None:
+        """What this layer must give, from the tensors as they were loaded; None: a layer of its kind was checked before."""
+        if not settings().self_check or not self_check.is_first(self._kernel.name, self._shard):
+            return None
+        checkpoint = Mxfp4Experts(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
+        return self_check.expect(self._kernel.name, checkpoint, self._shard, layer.w13_weight.device, self._group(layer))
+
+    def _group(self, layer: torch.nn.Module) -> Any:
+        """The ranks that exchange tokens inside the kernel; None: SGLang moves them."""
+        return compat.ep_process_group() if self._plan.exchange == "megamoe" and layer.moe_ep_size > 1 else None
 
     def _store(self, layer: torch.nn.Module) -> tuple[Any, Any]:
-        """(runner, experts): packed for the kernel, or as the checkpoint has them where packing would round."""
+        """(runner, experts): in the kernel's format, or as the checkpoint has them where that would round."""
+        runner = create_runner(self._kernel.name)
         report = check_exact(layer.w13_weight_scale_inv.data, layer.w2_weight_scale_inv.data)
-        if report.is_exact:
-            return create_runner(self._kernel.name), pack_layer(layer)
+        if report.is_exact or runner.experts_type.holds_every_row:
+            return runner, pack_layer(layer, runner.experts_type)
         rule = settings().inexact_rows
         if self._kernel.name != "reference" and rule == "refuse":
             report.require_exact(self._prefix)
@@ -134,8 +159,6 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
             report.num_inexact_rows,
             report.num_rows,
         )
-        from hopper_moe.kernels.reference_weights import Mxfp4Experts
-
         return create_runner("reference"), Mxfp4Experts(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
 
     # ---- forward
@@ -145,6 +168,7 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
         hidden_states = dispatch_output.hidden_states
+        self._note_call(hidden_states.shape[0])
         if compat.exchange_is_megamoe():
             raise Refusal(
                 f"{self._prefix}: {hidden_states.shape[0]} tokens came past the fused exchange, whose limit is "
@@ -186,6 +210,7 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         Ids are global (physical) here. `routed_scaling_factor` is what SGLang has not multiplied in yet: 1.0 if its top-k has.
         Returns a fresh bf16 [num_tokens, hidden_size].
         """
+        self._note_call(num_tokens)
         shard = self._shard
         if (
             shared_l1_weights is not None
@@ -214,9 +239,17 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
             topk_ids = hidden_states.new_empty((0, top_k), dtype=torch.int32)
             topk_weights = hidden_states.new_empty((0, top_k), dtype=torch.float32)
         weights = self._weights(topk_weights, routed_scaling_factor)
-        if layer.moe_ep_size == 1:
+        group = self._group(layer)
+        if group is None:
             return self._runner.run(hidden_states, topk_ids.to(torch.int32), weights)
-        return self._runner.run_across_ranks(hidden_states, topk_ids.to(torch.int32), weights, compat.ep_process_group())
+        return self._runner.run_across_ranks(hidden_states, topk_ids.to(torch.int32), weights, group)
+
+    def _note_call(self, num_tokens: int) -> None:
+        figures = metrics(self._kernel.name)
+        if READY.announce() and figures is not None:
+            figures.ready(READY)
+        if figures is not None:
+            figures.count(self._runner, num_tokens)
 
     def _run_in_pieces(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """The runner over at most `max_tokens_per_rank` rows at a time; a row's result does not depend on the others."""

@@ -58,7 +58,6 @@ ON_EIGHT_H200 = {
     "unknown kernel": ({"HOPPER_MOE_KERNEL": "marlin"}, [], "'marlin' is not a kernel"),
     "empty kernel": ({"HOPPER_MOE_KERNEL": ""}, [], "'' is not a kernel"),
     "kernel not built: fp8_mega": ({"HOPPER_MOE_KERNEL": "fp8_mega"}, [], "fp8_mega: not built in this release"),
-    "kernel not built: w4a16": ({"HOPPER_MOE_KERNEL": "w4a16"}, [], "w4a16: not built in this release"),
     "capacity no number": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "8k"}, [], "'8k' is not a whole number"),
     "capacity zero": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "0"}, [], "=0 is outside 1..262144"),
     "capacity negative": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "-1"}, [], "'-1' is not a whole number"),

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from hopper_moe.kernels import jit, mega_moe
-from hopper_moe.kernels.build import main
+from hopper_moe.kernels.build import buildable, main
 from hopper_moe.moe_backends.env import settings
 from hopper_moe.quantization import layout
 
@@ -93,15 +93,22 @@ def test_a_broken_source_says_why_and_leaves_nothing(sources):
 
 
 def test_commands_compile_once_and_say_where(sources):
-    def kernels(command: str) -> str:
-        return CliRunner().invoke(main, [command], catch_exceptions=False).output
+    def kernels(*command: str) -> str:
+        return CliRunner().invoke(main, command, catch_exceptions=False).output
 
-    assert "not compiled" in kernels("list")
-    assert re.search(r"mega_moe: .*compiled in \d+ s", kernels("build"))
-    assert "was there" in kernels("build")
+    assert re.search(r"mega_moe: .*not compiled", kernels("list"))
+    assert re.search(r"mega_moe: .*compiled in \d+ s", kernels("build", "mega_moe"))
+    assert "was there" in kernels("build", "mega_moe")
     path = jit.library_path(jit.LIBRARIES["mega_moe"])
     assert path.is_relative_to(settings().cache_dir) and path.exists()
-    assert str(path) in kernels("list") and "not compiled" not in kernels("list")
+    assert re.search(rf"{path} \(\d+ KiB\)", kernels("list"))
+
+
+def test_flashinfers_library_is_listed_and_named():
+    """`build` without names compiles it too; here its cache only is looked at, since that takes the better part of an hour."""
+    listed = CliRunner().invoke(main, ["list"], catch_exceptions=False).output
+    assert re.search(r"flashinfer: .*fused_moe_90.so", listed)
+    assert set(buildable()) == {*jit.LIBRARIES, "flashinfer"}
 
 
 def test_racing_processes_share_one_library(tmp_path):

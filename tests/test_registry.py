@@ -28,8 +28,43 @@ def test_auto_takes_the_best_that_runs_and_logs_why(capability, kernel, caplog):
 
 
 def test_auto_stays_within_what_older_switches_allow():
-    assert choose(load({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0"}), (9, 0)).spec.name == "reference"
+    assert choose(load({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0"}), (9, 0)).spec.name == "w4a16"
     assert choose(load({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "1"}), (9, 0)).spec.name == "mxfp4_mega"
+
+
+def test_auto_asks_the_measured_table_once_the_layer_is_known(monkeypatch, caplog):
+    asked = []
+
+    def fastest(kernels, layer, tokens):
+        asked.append((kernels, layer, tokens))
+        return "w4a16", "because a test says so"
+
+    monkeypatch.setattr(registry, "fastest", fastest)
+    shape = LayerShape(4096, 2048, 256, 6, "fp4", ep_size=8)
+    with caplog.at_level(logging.INFO, logger="hopper_moe"):
+        choice = choose(load({}), (9, 0), device_name="NVIDIA H200", layer=shape, prefill_only=True)
+    assert choice.spec.name == "w4a16" and "kernel w4a16: because a test says so" in caplog.text
+    ((kernels, layer, tokens),) = asked
+    assert set(kernels) >= {"mxfp4_mega", "w4a16"} and "reference" not in kernels and tokens == registry.PREFILL
+    assert (layer.sku, layer.num_local_experts, layer.ranks) == ("H200", 32, 8)
+    monkeypatch.setattr(registry, "fastest", lambda *args: None)
+    choice = choose(load({}), (9, 0), device_name="NVIDIA H200", layer=shape)
+    assert choice.spec.name == "mxfp4_mega" and "no measurement compares" in choice.reason
+    assert choose(load({"HOPPER_MOE_KERNEL": "w4a16"}), (9, 0), device_name="NVIDIA H200", layer=shape).spec.name == "w4a16"
+
+
+def test_auto_leaves_out_what_cannot_serve_the_layer(monkeypatch):
+    monkeypatch.setattr(registry, "fastest", lambda kernels, *rest: pytest.fail(f"only one of {kernels} can serve 640 experts"))
+    shape = LayerShape(4096, 2048, 640, 6, "fp4")
+    assert choose(load({}), (9, 0), device_name="NVIDIA H200", layer=shape).spec.name == "w4a16"
+
+
+def test_a_kernel_of_a_package_that_is_missing_is_passed_over_by_auto_and_refused_by_name(monkeypatch):
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    choice = choose(load({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0"}), (9, 0))
+    assert choice.spec.name == "reference" and "w4a16 (needs flashinfer" in choice.reason
+    with pytest.raises(Refusal, match="HOPPER_MOE_KERNEL=w4a16: needs flashinfer, which is not installed"):
+        choose(load({"HOPPER_MOE_KERNEL": "w4a16"}), (9, 0))
 
 
 def test_a_named_kernel_is_taken_as_named():

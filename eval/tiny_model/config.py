@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from hopper_moe.eval.tiny_model.tokenizer import VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV4ForCausalLM
 
 # hidden and intermediate sizes are multiples of 128, so the demo runs through the packed layout of the CUDA kernels.
 # Eight narrow heads instead of few of 512: an addition has to look up four digits at once. Stock SGLang on a GPU asserts
@@ -50,6 +54,8 @@ CONFIG = dict(
 
 def build_model(seed: int = 0, **overrides: object) -> DeepseekV4ForCausalLM:
     """A freshly initialised FP32 model. `overrides` replace entries of `CONFIG`."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
     torch.manual_seed(seed)
     config = DeepseekV4Config(**{**CONFIG, **overrides})
     model = DeepseekV4ForCausalLM(config)

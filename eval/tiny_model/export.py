@@ -32,17 +32,18 @@ def export(trained: Path, out: Path) -> None:
     (out / "training.json").write_text((trained / "training.json").read_text())
 
 
-def write_questions(path: Path) -> None:
-    """The committed held-out questions, one JSON object a line, and beside them their provenance."""
+def write_questions(path: Path, mix: str = "standard") -> None:
+    """The committed held-out questions of a mix, one JSON object a line, and beside them their provenance."""
     rows = [
         {"id": f"wp-{i:04d}", "problem": p.question, "expected_answer": str(p.answer), "kind": p.kind}
-        for i, p in enumerate(question_set(QUESTION_SEED, QUESTION_COUNT))
+        for i, p in enumerate(question_set(QUESTION_SEED, QUESTION_COUNT, mix))
     ]
     content = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text(content)
     provenance = {
         "generator": "hopper_moe.eval.word_problems.question_set",
         "seed": QUESTION_SEED,
+        "mix": mix,
         "count": QUESTION_COUNT,
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
     }

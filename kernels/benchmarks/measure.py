@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,25 +14,38 @@ def replay_times(run: Callable[[], object], num_calls: int, num_launches: int, g
     Two untimed launches come first. Under a graph the launches queue up behind one another, so the host's time is not measured;
     eager calls include it where it is the longer one.
     """
+    return interleaved_times({"run": run}, num_calls, num_launches, graph)["run"]
+
+
+def interleaved_times(
+    runs: Mapping[str, Callable[[], object]], num_calls: int, num_launches: int, graph: bool
+) -> dict[str, list[float]]:
+    """`replay_times` of several runs whose launches take turns, so that a clock that changes changes for all of them."""
+    launches = {name: _launchable(run, graph) for name, run in runs.items()}
+    events = {name: [] for name in runs}
+    for turn in range(2 + num_launches):
+        for name, launch in launches.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            launch()
+            end.record()
+            if turn >= 2:
+                events[name].append((begin, end))
+        if turn == 1:
+            torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    return {name: [begin.elapsed_time(end) * 1e3 / num_calls for begin, end in pairs] for name, pairs in events.items()}
+
+
+def _launchable(run: Callable[[], object], graph: bool) -> Callable[[], object]:
     run()
     torch.cuda.synchronize()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            run()
-        launch = captured.replay
-    else:
-        launch = run
-    for _ in range(2):
-        launch()
-    torch.cuda.synchronize()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(num_launches)]
-    for begin, end in events:
-        begin.record()
-        launch()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) * 1e3 / num_calls for begin, end in events]
+    if not graph:
+        return run
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        run()
+    return captured.replay
 
 
 def kernel_time(run: Callable[[], None], kernel_name: str) -> float:

@@ -11,7 +11,6 @@ import importlib.util
 import itertools
 import statistics
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from hopper_moe.kernels.benchmarks import measure, report
-from hopper_moe.kernels.benchmarks.options import RefusingCommand, take_lists
+from hopper_moe.kernels.benchmarks.options import ListCommand
 from hopper_moe.kernels.benchmarks.ranks import check_ranks, run_on_ranks
 from hopper_moe.kernels.benchmarks.workload import (
     ROUTINGS,
@@ -150,7 +149,7 @@ def deep_gemm_note() -> str:
     raise Refusal(f"deep_gemm {version} has fp8_mega_moe, but this benchmark does not know its arguments: run without --compare.")
 
 
-@click.command(cls=RefusingCommand)
+@click.command(cls=ListCommand)
 @click.option("--shape", "shape_name", type=click.Choice(list(SHAPES)), required=True, help="Layer of which model.")
 @click.option("--tokens", type=int, multiple=True, required=True, help="Tokens per rank; several may follow: --tokens 1 8 64.")
 @click.option("--ranks", type=int, default=1, show_default=True, help="GPUs, one rank each.")
@@ -249,4 +248,4 @@ def keep(rows: list[report.Measurement], stem: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(take_lists(sys.argv[1:], "--tokens"))
+    main()

@@ -20,6 +20,15 @@ class RefusingCommand(click.Command):
             ctx.exit(2)
 
 
+class ListCommand(RefusingCommand):
+    """Takes `--tokens 1 8 64` and `--kernels a b` as well as the options repeated."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for option in ("--tokens", "--kernels"):
+            args = take_lists(args, option)
+        return super().parse_args(ctx, args)
+
+
 def take_lists(arguments: Sequence[str], option: str) -> list[str]:
     """`--tokens 1 8 64` as click's `--tokens 1 --tokens 8 --tokens 64`."""
     spread: list[str] = []

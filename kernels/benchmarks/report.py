@@ -114,24 +114,20 @@ def plot(rows: Sequence[Measurement], path: Path) -> None:
     series: dict[tuple, list[Measurement]] = {}
     for row in rows:
         series.setdefault((row.kernel, row.shape, row.ranks, row.routing, row.graph), []).append(row)
+    floors_of = set()  # one pair of floors for all kernels of a shape
     for (kernel, shape, ranks, routing, graph), points in series.items():
         points.sort(key=lambda row: row.tokens)
         tokens = [row.tokens for row in points]
         label = f"{kernel} {shape}, {ranks} rank{'s' * (ranks > 1)}, {routing}{'' if graph else ', eager'}"
         (line,) = axes.plot(tokens, [row.us_max for row in points], "o-", label=label)
-        axes.fill_between(
-            tokens, [row.us_p10 for row in points], [row.us_p90 for row in points], color=line.get_color(), alpha=0.2
-        )
-        axes.plot(
-            tokens,
-            [row.hbm_floor_us for row in points],
-            "--",
-            color=line.get_color(),
-            label=f"{shape}: touched weights / HBM read",
-        )
-        axes.plot(
-            tokens, [row.compute_floor_us for row in points], ":", color=line.get_color(), label=f"{shape}: flops / FP8 matmul"
-        )
+        color = line.get_color()
+        axes.fill_between(tokens, [row.us_p10 for row in points], [row.us_p90 for row in points], color=color, alpha=0.2)
+        if (shape, ranks, routing) in floors_of:
+            continue
+        floors_of.add((shape, ranks, routing))
+        label = f"{shape}: touched FP4 weights / HBM read"
+        axes.plot(tokens, [row.hbm_floor_us for row in points], "--", color=color, label=label)
+        axes.plot(tokens, [row.compute_floor_us for row in points], ":", color=color, label=f"{shape}: flops / FP8 matmul")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5 * min(row.hbm_floor_us for row in rows))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hopper_moe.kernels.mega_moe import MegaMoE
+from hopper_moe.quantization.codecs import quantize_mxfp4
 from hopper_moe.quantization.packing import PackedExperts, pack_experts
 
 
@@ -31,21 +32,55 @@ SHAPES = {
 ROUTINGS = ("uniform", "zipf", "one_hot")
 
 
-def random_experts(
-    shape: ModelShape, num_experts: int, generator: torch.Generator, device: str = "cuda", scale_bytes: tuple[int, int] = (118, 122)
-) -> PackedExperts:
+Checkpoint = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # w13, w13_scale, w2, w2_scale of a layer, uint8
+
+
+def random_checkpoint(
+    shape: ModelShape,
+    num_experts: int,
+    generator: torch.Generator,
+    device: str = "cuda",
+    scale_bytes: tuple[int, int] = (118, 122),
+) -> Checkpoint:
     """Uniform random E2M1 codes with UE8M0 bytes in `scale_bytes` (inclusive): every code, sign and scale step occurs."""
 
     def bytes_of(low: int, high: int, *size: int) -> torch.Tensor:
         return torch.randint(low, high, size, dtype=torch.uint8, device=device, generator=generator)
 
     hidden, inter, (low, high) = shape.hidden_size, shape.intermediate_size, scale_bytes
-    return pack_experts(
+    return (
         bytes_of(0, 256, num_experts, 2 * inter, hidden // 2),
         bytes_of(low, high + 1, num_experts, 2 * inter, hidden // 32),
         bytes_of(0, 256, num_experts, hidden, inter // 2),
         bytes_of(low, high + 1, num_experts, hidden, inter // 32),
     )
+
+
+def gaussian_checkpoint(shape: ModelShape, num_experts: int, generator: torch.Generator, device: str = "cuda") -> Checkpoint:
+    """Normal weights of a trained layer's size, rounded to MXFP4 as a checkpoint's are: for accuracy."""
+
+    def matrix(rows: int, columns: int, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = torch.randn(rows, columns, device=device, generator=generator) * gain / columns**0.5
+        packed, scale = quantize_mxfp4(weights)
+        return packed.view(torch.uint8), scale.view(torch.uint8)
+
+    experts = [
+        (*matrix(2 * shape.intermediate_size, shape.hidden_size, 2.0), *matrix(shape.hidden_size, shape.intermediate_size, 1.0))
+        for _ in range(num_experts)
+    ]
+    w13, w13_scale, w2, w2_scale = (torch.stack(tensors) for tensors in zip(*experts, strict=True))
+    return w13, w13_scale, w2, w2_scale
+
+
+def random_experts(
+    shape: ModelShape,
+    num_experts: int,
+    generator: torch.Generator,
+    device: str = "cuda",
+    scale_bytes: tuple[int, int] = (118, 122),
+) -> PackedExperts:
+    """`random_checkpoint`, packed."""
+    return pack_experts(*random_checkpoint(shape, num_experts, generator, device, scale_bytes))
 
 
 def random_tokens(shape: ModelShape, num_tokens: int, generator: torch.Generator, device: str = "cuda") -> torch.Tensor:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hopper_moe.quantization.packing import PackedExperts
+
 if TYPE_CHECKING:
     from hopper_moe.kernels.mega_moe import MegaMoE
     from hopper_moe.moe_backends.base import ExpertShard
-    from hopper_moe.quantization.packing import PackedExperts
 
 
 @functools.cache
@@ -42,10 +43,12 @@ def _kernel(
 class Mxfp4MegaRunner:
     """`ExpertRunner` over `hopper_moe.kernels.mega_moe`."""
 
-    def prepare(self, packed: PackedExperts, shard: ExpertShard) -> None:
+    experts_type = PackedExperts
+
+    def prepare(self, experts: PackedExperts, shard: ExpertShard) -> None:
         """See `ExpertRunner.prepare`. The first layer of a shape compiles the kernel (if it was not before) and takes the
         workspace."""
-        self._packed, self._swiglu_limit = packed, shard.swiglu_limit
+        self._packed, self._swiglu_limit = experts, shard.swiglu_limit
         self._kernel = _kernel(
             shard.max_tokens_per_rank,
             shard.hidden_size,
@@ -54,7 +57,7 @@ class Mxfp4MegaRunner:
             shard.first_expert,
             shard.num_local_experts,
             shard.top_k,
-            packed.device,
+            experts.device,
         )
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
@@ -66,6 +69,12 @@ class Mxfp4MegaRunner:
             self._packed,
             swiglu_limit=self._swiglu_limit,
         )
+
+    @property
+    def launch_counter(self) -> torch.Tensor:
+        """uint8 [4]: little-endian number of launches of this rank's kernel, all layers together, kept by the kernel itself."""
+        kernel = self._kernel
+        return kernel.workspace[kernel.offsets["epoch"] : kernel.offsets["epoch"] + 4]
 
 
 def create() -> Mxfp4MegaRunner:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from hopper_moe.kernels.reference import moe_layer, pre_dispatch
 from hopper_moe.kernels.reference_stages import combine_slots, expert_hidden, expert_slots
 from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.packing import PackedExperts
 
 if TYPE_CHECKING:
     from hopper_moe.kernels.reference_weights import Mxfp4Experts
     from hopper_moe.moe_backends.base import ExpertShard
-    from hopper_moe.quantization.packing import PackedExperts
 
 _EXCHANGE_ROWS = 1024  # tokens whose slots exist at once while ranks exchange: bounds FP32 [rows, top_k, H]
 
@@ -22,17 +22,19 @@ _EXCHANGE_ROWS = 1024  # tokens whose slots exist at once while ranks exchange: 
 class ReferenceRunner:
     """`ExpertRunner` over `hopper_moe.kernels.reference`. Besides packed experts it takes them as the checkpoint has them."""
 
-    def prepare(self, packed: PackedExperts | Mxfp4Experts, shard: ExpertShard) -> None:
-        if (packed.num_experts, packed.hidden_size, packed.intermediate_size) != (
+    experts_type = PackedExperts
+
+    def prepare(self, experts: PackedExperts | Mxfp4Experts, shard: ExpertShard) -> None:
+        if (experts.num_experts, experts.hidden_size, experts.intermediate_size) != (
             shard.num_local_experts,
             shard.hidden_size,
             shard.intermediate_size,
         ):
             raise Refusal(
-                f"{packed.num_experts} experts of {packed.hidden_size} x {packed.intermediate_size} were packed for a layer of "
-                f"{shard.num_local_experts} of {shard.hidden_size} x {shard.intermediate_size}: pack the layer again."
+                f"{experts.num_experts} experts of {experts.hidden_size} x {experts.intermediate_size} were packed for a layer "
+                f"of {shard.num_local_experts} of {shard.hidden_size} x {shard.intermediate_size}: pack the layer again."
             )
-        self._experts, self._shard = packed, shard
+        self._experts, self._shard = experts, shard
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """See `ExpertRunner.run`."""

@@ -196,7 +196,6 @@ def test_only_the_draft_on_this_backend_is_refused(model):
     ("environ", "argv", "sentence"),
     [
         ({"HOPPER_MOE_KERNEL": "fp8_mega"}, (), "not built in this release"),
-        ({"HOPPER_MOE_KERNEL": "w4a16"}, (), "not built in this release"),
         ({"HOPPER_MOE_KERNEL": "fast"}, (), "'fast' is not a kernel"),
         ({"HOPPER_MOE_KERNEL": "auto", "SGLANG_DSV4_FP4_DEQUANT": "1"}, (), "not built in this release"),
         ({"SGLANG_DSV4_FP4_DEQUANT": "1"}, (), "contradict each other"),

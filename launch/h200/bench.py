@@ -1,0 +1,139 @@
+"""Measure MoE backends against each other on one GPU: the same model, the same loads, the servers in turn.
+
+\b
+    python -m hopper_moe.launch.h200.bench MODEL --out DIR
+    python -m hopper_moe.launch.h200.report DIR        # table and plot
+
+All servers live on the GPU at once and one is loaded at a time, round after round, so that a drift of the machine meets all.
+Each load runs once unmeasured first. Everything after `--` goes to every server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hopper_moe.launch.h200.load import Load, measure
+from hopper_moe.launch.h200.server import Server, serving
+from hopper_moe.moe_backends.arguments import BACKEND
+from hopper_moe.moe_backends.errors import Refusal
+
+ROUNDS = 2
+PREFILL = Load(concurrency=1, num_prompts=6, input_len=8192, output_len=1)
+
+
+def loads(concurrencies: Sequence[int], input_len: int, output_len: int) -> list[Load]:
+    """Two batches of requests at each concurrency (four at 1 and 8), and prompts alone."""
+    return [Load(c, c * (4 if c < 32 else 2), input_len, output_len) for c in concurrencies] + [PREFILL]
+
+
+def start_all(
+    stack: ExitStack, model: str, backends: Sequence[str], out: Path, stagger: float | None, arguments: Sequence[str]
+) -> dict[str, Server]:
+    """The servers by backend, stopped when `stack` closes. `stagger`: seconds between starts; None: each when the last is up."""
+
+    def start(number: int, backend: str) -> Server:
+        time.sleep(number * (stagger or 0))
+        return stack.enter_context(
+            serving(model, backend=backend, port=30000 + 100 * number, log=out / f"server-{backend}.log", arguments=arguments)
+        )
+
+    with ThreadPoolExecutor(max_workers=1 if stagger is None else len(backends)) as pool:
+        started = [pool.submit(start, number, backend) for number, backend in enumerate(backends)]
+    return {backend: future.result() for backend, future in zip(backends, started, strict=True)}
+
+
+def gpu_gib(server: Server) -> float | None:
+    """GiB of GPU memory that the server's processes hold, by the driver's count; None where it does not say."""
+    import psutil
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        used = {entry.pid: entry.usedGpuMemory for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+    finally:
+        pynvml.nvmlShutdown()
+    family = {server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(recursive=True))}
+    mine = [used[pid] for pid in family & set(used) if used[pid] is not None]
+    return sum(mine) / 2**30 if mine else None
+
+
+def describe(server: Server) -> dict[str, Any]:
+    return {"command": server.command, "seconds_to_ready": server.seconds_to_ready, "gpu_gib": gpu_gib(server), **server.facts()}
+
+
+@click.command(help=__doc__)
+@click.argument("model")
+@click.option("--backends", default=f"{BACKEND},marlin,flashinfer_mxfp4", show_default=True)
+@click.option("--concurrency", default="1,8,32,64,128", show_default=True)
+@click.option("--input-len", default=1024, show_default=True)
+@click.option("--output-len", default=1024, show_default=True)
+@click.option("--rounds", default=ROUNDS, show_default=True)
+@click.option("--stagger", type=float, help="Seconds between starts  [default: start the next when the last answers]")
+@click.option("--seconds", default=3600.0, show_default=True, help="Begin no load after this many.")
+@click.option("--then", help="Shell command to run afterwards; it sees the servers as URL_MARLIN and so on, and OUT.")
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.argument("sglang_arguments", nargs=-1, type=click.UNPROCESSED)
+def main(
+    model: str,
+    backends: str,
+    concurrency: str,
+    input_len: int,
+    output_len: int,
+    rounds: int,
+    stagger: float | None,
+    seconds: float,
+    then: str | None,
+    out: Path,
+    sglang_arguments: tuple[str, ...],
+) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers stop with us
+    out.mkdir(parents=True, exist_ok=True)
+    planned = loads([int(c) for c in concurrency.split(",")], input_len, output_len)
+    with ExitStack() as stack:
+        try:
+            servers = start_all(stack, model, backends.split(","), out, stagger, sglang_arguments)
+        except Refusal as refusal:
+            raise click.ClickException(str(refusal)) from None
+        (out / "servers.json").write_text(json.dumps({b: describe(s) for b, s in servers.items()}, indent=1) + "\n")
+        measure_all(servers, model, planned, rounds, seconds, out)
+        if then:
+            urls = {f"URL_{backend.upper()}": server.url for backend, server in servers.items()}
+            subprocess.run(then, shell=True, env={**os.environ, **urls, "OUT": str(out)})
+
+
+def measure_all(servers: dict[str, Server], model: str, planned: list[Load], rounds: int, seconds: float, out: Path) -> None:
+    """Append one JSON line for each round, load and backend to `out/serving.jsonl`; round 0 is not kept."""
+    started, seed = time.monotonic(), time.time_ns() % (1 << 30)
+    for number in range(rounds + 1):
+        for load in planned:
+            for backend, server in servers.items():
+                if time.monotonic() - started > seconds:
+                    click.echo(f"stopped after {seconds:.0f} s in round {number}")
+                    return
+                seed += 1
+                row = {"backend": backend, "round": number, **measure(server.url, model, load, seed)}
+                click.echo(
+                    f"{backend:<18} round {number} c {load.concurrency:<4} in {load.input_len} out {load.output_len}: "
+                    f"tpot {row['median_tpot_ms']:.2f} itl {row['median_itl_ms']:.2f} ttft {row['median_ttft_ms']:.1f} ms, "
+                    f"{row['total_throughput']:.0f} tok/s"
+                )
+                if number:
+                    with (out / "serving.jsonl").open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Greedy answers of a running server, kept as JSON, and the comparison of two such files.
+
+\b
+    python -m hopper_moe.launch.h200.compare ask http://127.0.0.1:30000 kernel.json
+    python -m hopper_moe.launch.h200.compare diff kernel.json reference.json
+
+Prompts are token ids drawn from --seed, of several lengths, and one chat question. Each position keeps the chosen token's log
+probability and the runner-up, so that a difference can be told from a near tie.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+
+from hopper_moe.moe_backends.errors import Refusal
+
+PROMPT_LENGTHS = (4, 17, 64, 200)
+SCORED_LENGTH = 512
+QUESTION = "Mia has 7 apples and buys 5 more. How many apples does Mia have now?"
+_TIMEOUT = 600.0
+
+
+def prompts(seed: int, vocab_size: int) -> list[list[int]]:
+    """Token ids of the prompts; special ids (below 256) are left out."""
+    rng = random.Random(seed)
+    return [[rng.randrange(256, vocab_size) for _ in range(length)] for length in PROMPT_LENGTHS]
+
+
+def greedy(url: str, input_ids: list[int], num_tokens: int) -> dict[str, Any]:
+    """One greedy continuation by SGLang's native endpoint: chosen ids, their log probabilities, the runner-ups'."""
+    sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
+    body = {"input_ids": input_ids, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 2}
+    reply = httpx.post(f"{url}/generate", json=body, timeout=_TIMEOUT)
+    if reply.status_code != 200:
+        raise Refusal(f"{url}/generate answered with HTTP {reply.status_code}: {reply.text[:300]}")
+    meta = reply.json()["meta_info"]
+    chosen = meta["output_token_logprobs"]
+    runner_up = [min(pair, key=lambda entry: entry[0]) for pair in meta["output_top_logprobs"]]
+    return {
+        "prompt_tokens": len(input_ids),
+        "token_ids": [token for _, token, *_ in chosen],
+        "logprobs": [logprob for logprob, *_ in chosen],
+        "second_logprobs": [logprob for logprob, *_ in runner_up],
+    }
+
+
+def scored(url: str, input_ids: list[int]) -> list[float]:
+    """Log probability of every given token after the first: nothing is sampled, so no early difference hides the later ones."""
+    body = {
+        "input_ids": input_ids,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 1},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    reply = httpx.post(f"{url}/generate", json=body, timeout=_TIMEOUT)
+    if reply.status_code != 200:
+        raise Refusal(f"{url}/generate answered with HTTP {reply.status_code}: {reply.text[:300]}")
+    return [logprob for logprob, *_ in reply.json()["meta_info"]["input_token_logprobs"][1:]]
+
+
+def chat(url: str, question: str = QUESTION) -> str:
+    """One greedy answer of /v1/chat/completions."""
+    body = {"model": "default", "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 16}
+    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=_TIMEOUT)
+    if reply.status_code != 200:
+        raise Refusal(f"{url}/v1/chat/completions answered with HTTP {reply.status_code}: {reply.text[:300]}")
+    message = reply.json()["choices"][0]["message"]
+    return message["content"] or message.get("reasoning_content") or ""
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """First position where two continuations differ (None: nowhere), and log probabilities up to and at it.
+
+    `logprob_change`: largest change of a chosen token's log probability before it; `gap`: how far the two best tokens were apart
+    there, by the second run: a gap below the usual change is a tie that rounding decides.
+    """
+    pairs = list(zip(ours["token_ids"], theirs["token_ids"], strict=True))
+    first = next((position for position, (a, b) in enumerate(pairs) if a != b), None)
+    common = range(len(pairs) if first is None else first)
+    found: dict[str, Any] = {
+        "prompt_tokens": ours["prompt_tokens"],
+        "tokens": len(pairs),
+        "first_difference": first,
+        "logprob_change": max((abs(ours["logprobs"][i] - theirs["logprobs"][i]) for i in common), default=0.0),
+    }
+    if first is not None:
+        found |= {"tokens_there": list(pairs[first]), "gap": theirs["logprobs"][first] - theirs["second_logprobs"][first]}
+    return found
+
+
+def score_difference(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """How far two runs' log probabilities of the same tokens are apart, beside how much they vary over tokens."""
+    changes = sorted(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    return {
+        "tokens": len(changes),
+        "median_change": statistics.median(changes),
+        "p99_change": changes[int(0.99 * (len(changes) - 1))],
+        "mean_shift": statistics.fmean(a - b for a, b in zip(ours, theirs, strict=True)),
+        "spread": statistics.stdev(theirs),
+        "correlation": statistics.correlation(ours, theirs),
+    }
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.argument("url")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seed", default=1, show_default=True)
+@click.option("--num-tokens", default=32, show_default=True)
+@click.option("--vocab-size", default=100_000, show_default=True, help="Ids are drawn below this.")
+def ask(url: str, out: Path, seed: int, num_tokens: int, vocab_size: int) -> None:
+    """Ask the server at URL and write its answers to OUT."""
+    answers = [greedy(url, input_ids, num_tokens) for input_ids in prompts(seed, vocab_size)]
+    rng = random.Random(seed + 1)
+    scores = scored(url, [rng.randrange(256, vocab_size) for _ in range(SCORED_LENGTH)])
+    found = {"seed": seed, "scores": scores, "chat": {"question": QUESTION, "answer": chat(url)}, "answers": answers}
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(f"{len(answers)} continuations of {num_tokens} tokens and a chat answer {found['chat']['answer']!r} in {out}")
+
+
+@main.command()
+@click.argument("ours", type=click.Path(exists=True, path_type=Path))
+@click.argument("theirs", type=click.Path(exists=True, path_type=Path))
+def diff(ours: Path, theirs: Path) -> None:
+    """Compare the answers in OURS with those in THEIRS, a line for each prompt."""
+    a, b = (json.loads(path.read_text()) for path in (ours, theirs))
+    if a["seed"] != b["seed"]:
+        raise click.ClickException(f"{ours} was asked with seed {a['seed']}, {theirs} with {b['seed']}: ask both with the same.")
+    for mine, other in zip(a["answers"], b["answers"], strict=True):
+        click.echo(json.dumps(difference(mine, other)))
+    click.echo(json.dumps(score_difference(a["scores"], b["scores"])))
+    click.echo(f"chat answers {'agree' if a['chat'] == b['chat'] else 'differ'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Table and plot of what `bench` measured.
+
+\b
+    python -m hopper_moe.launch.h200.report DIR     # reads DIR/serving.jsonl and servers.json, writes serving.md and serving.png
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hopper_moe.moe_backends.arguments import BACKEND
+
+Cell = dict[str, float]
+
+
+def cells(rows: list[dict[str, Any]]) -> dict[tuple[int, int, int], dict[str, Cell]]:
+    """(concurrency, input_len, output_len) -> backend -> median over rounds of each figure, and the spread of the throughput."""
+    grouped: dict[tuple[int, int, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        grouped[row["concurrency"], row["input_len"], row["output_len"]][row["backend"]].append(row)
+    return {key: {backend: _median(found) for backend, found in per.items()} for key, per in grouped.items()}
+
+
+def _median(rows: list[dict[str, Any]]) -> Cell:
+    figures = ("median_tpot_ms", "median_itl_ms", "median_ttft_ms", "output_throughput", "input_throughput")
+    cell = {name: statistics.median(row[name] for row in rows) for name in figures}
+    tpots = [row["median_tpot_ms"] for row in rows]
+    return cell | {"tpot_low": min(tpots), "tpot_high": max(tpots)}
+
+
+def markdown(rows: list[dict[str, Any]], servers: dict[str, Any]) -> str:
+    """The decode table (times in ms, range over rounds), the prefill table, and the memory table."""
+    found, backends = sorted(cells(rows).items()), list(servers)
+    decode = [_head("concurrency", [f"{b}: TPOT (range), ITL, TTFT ms; out tok/s" for b in backends] + ["against the better"])]
+    prefill = [_head("prompt", [f"{b}: TTFT ms, in tok/s" for b in backends] + ["against the better"])]
+    for (concurrency, input_len, output_len), per in found:
+        if output_len > 1:
+            shown = [_decode(per[b]) if b in per else "" for b in backends]
+            decode.append(_line(concurrency, [*shown, _ratio(per, "output_throughput")]))
+        else:
+            shown = [f"{per[b]['median_ttft_ms']:.1f}, {per[b]['input_throughput']:.0f}" if b in per else "" for b in backends]
+            prefill.append(_line(input_len, [*shown, _ratio(per, "input_throughput")]))
+    memory = [_head("GiB", backends)]
+    for name, label in _MEMORY.items():
+        values = [servers[b].get(name) for b in backends]
+        memory.append(_line(label, [f"{value:.2f}" if value is not None else "" for value in values]))
+    return "\n\n".join("\n".join(table) for table in (decode, prefill, memory)) + "\n"
+
+
+_MEMORY = {
+    "weights_gib": "model weights",
+    "workspace_gib": "kernel workspace, in the line above",
+    "graph_gib": "CUDA graphs",
+    "gpu_gib": "all processes of the server",
+    "seconds_to_ready": "seconds to ready",
+}
+
+
+def _line(first: object, values: list[str]) -> str:
+    return f"| {first} | " + " | ".join(values) + " |"
+
+
+def _head(first: str, values: list[str]) -> str:
+    return _line(first, values) + "\n|" + "---|" * (len(values) + 1)
+
+
+def _decode(cell: Cell) -> str:
+    return (
+        f"{cell['median_tpot_ms']:.2f} ({cell['tpot_low']:.2f}-{cell['tpot_high']:.2f}), {cell['median_itl_ms']:.2f}, "
+        f"{cell['median_ttft_ms']:.0f}; {cell['output_throughput']:.0f}"
+    )
+
+
+def _ratio(per: dict[str, Cell], figure: str) -> str:
+    others = [cell[figure] for backend, cell in per.items() if backend != BACKEND]
+    return f"{per[BACKEND][figure] / max(others):.2f}x" if others and BACKEND in per else ""
+
+
+_PLOTTED = {"median_itl_ms": "time between tokens, ms", "output_throughput": "output tokens/s"}
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """ITL and output throughput over concurrency, one line a backend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {key: per for key, per in sorted(cells(rows).items()) if key[2] > 1}
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axis, (name, label) in zip(axes, _PLOTTED.items(), strict=True):
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            points = [(key[0], per[backend][name]) for key, per in found.items() if backend in per]
+            axis.plot(*zip(*points, strict=True), marker="o", label=backend)
+        axis.set(xscale="log", xlabel="concurrency", ylabel=label)
+        axis.set_xticks([key[0] for key in found], [str(key[0]) for key in found])
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def main(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "serving.jsonl").read_text().splitlines()]
+    text = markdown(rows, json.loads((folder / "servers.json").read_text()))
+    (folder / "serving.md").write_text(text)
+    plot(rows, folder / "serving.png")
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What a worker says about itself before it serves: the plan when its first layer is built, sums when the first layer runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hopper_moe.moe_backends.env import Settings, settings
+from hopper_moe.moe_backends.registry import KernelSpec, create_runner
+
+if TYPE_CHECKING:
+    from hopper_moe.moe_backends.arguments import ServingPlan
+    from hopper_moe.moe_backends.base import ExpertShard
+
+logger = logging.getLogger("hopper_moe")
+
+GIB = 1 << 30
+
+
+def tensor_bytes(experts: Any) -> int:
+    """Bytes of a dataclass of tensors (`base.ExpertTensors`)."""
+    return sum(getattr(experts, f.name).nbytes for f in fields(experts))
+
+
+def workspace_bytes(kernel: str, shard: ExpertShard) -> int:
+    """Device bytes that a kernel takes besides weights, once for all layers; 0 for kernels without. Compiles it if need be."""
+    if kernel != "mxfp4_mega":
+        return 0
+    from hopper_moe.kernels import mega_moe
+
+    return mega_moe.workspace_bytes(
+        num_tokens_capacity=shard.max_tokens_per_rank,
+        hidden_size=shard.hidden_size,
+        intermediate_size=shard.intermediate_size,
+        num_experts=shard.num_experts,
+        top_k=shard.top_k,
+        num_local_experts=shard.num_local_experts,
+    )
+
+
+def plan_lines(spec: KernelSpec, shard: ExpertShard, plan: ServingPlan, settings: Settings, device: torch.device) -> list[str]:
+    """The start-up block: machine, kernel, shape, ranks, memory, and what happens instead of a silent fallback."""
+    layer_bytes = shard.num_local_experts * tensor_bytes(
+        create_runner(spec.name).experts_type.empty(1, shard.hidden_size, shard.intermediate_size, "meta")
+    )
+    workspace = workspace_bytes(spec.name, shard)
+    larger = "refused" if plan.exchange == "megamoe" else "run in pieces"
+    inexact = "refused" if settings.inexact_rows == "refuse" else "run on the exact reference (slow)"
+    last = shard.first_expert + shard.num_local_experts - 1
+    return [
+        f"version  hopper_moe {importlib.metadata.version('sglang-hopper-moe')} on {_device_name(device)}",
+        f"kernel   {spec.name}: {spec.summary}; {settings.sources['kernel']}",
+        f"layer    hidden {shard.hidden_size}, intermediate {shard.intermediate_size} here, {shard.num_experts} experts, "
+        f"top {shard.top_k}, swiglu_limit {shard.swiglu_limit}",
+        f"ranks    this one holds experts {shard.first_expert}..{last}; "
+        f"{shard.num_experts // shard.num_local_experts} expert-parallel ranks, exchange {plan.exchange}",
+        f"memory   {layer_bytes / GIB:.2f} GiB of experts a layer, {workspace / GIB:.2f} GiB of workspace "
+        f"for {shard.max_tokens_per_rank} tokens a call",
+        f"fallback none: larger calls are {larger}, layers that the format cannot hold exactly are {inexact}, "
+        f"self-check {'on' if settings.self_check else 'OFF'}",
+    ]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.name} (SM{found.major}{found.minor}, {found.multi_processor_count} SMs)"
+
+
+@functools.cache
+def announce_plan(spec: KernelSpec, shard: ExpertShard, plan: ServingPlan, device: torch.device) -> None:
+    """Log the block, once per process and kind of layer."""
+    for line in plan_lines(spec, shard, plan, settings(), device):
+        logger.info("start-up: %s", line)
+
+
+@dataclass
+class Ready:
+    """The layers of this process, as they become ready."""
+
+    num_layers: int = 0
+    expert_bytes: int = 0
+    errors: list[float] = field(default_factory=list)  # of the self-checks
+    check_seconds: float = 0.0
+    announced: bool = False
+
+    def add(self, parameters: Iterable[torch.Tensor]) -> None:
+        """A layer was converted and handed to its kernel; `parameters` are what it holds on the device."""
+        self.num_layers += 1
+        self.expert_bytes += sum(parameter.nbytes for parameter in parameters)
+
+    def checked(self, error: float, seconds: float) -> None:
+        """A self-check passed with this relative L2 after this long."""
+        self.errors.append(error)
+        self.check_seconds += seconds
+
+    def announce(self) -> bool:
+        """Log the sums at the first call of any layer: all are loaded then. Later calls do nothing and return False."""
+        if self.announced:
+            return False
+        self.announced = True
+        checked = f"self-check {max(self.errors):.1e} in {self.check_seconds:.1f} s" if self.errors else "no self-check"
+        logger.info(
+            "start-up: ready    %d layers, %.2f GiB of packed experts on this rank, %s",
+            self.num_layers,
+            self.expert_bytes / GIB,
+            checked,
+        )
+        return True
+
+
+READY = Ready()
+"""This process's."""

@@ -1,0 +1,230 @@
+"""The scripts of launch/h200 as far as they need no GPU: starting and ending a server, and everything that reads results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from stub_server import Stub
+
+from hopper_moe.eval.serving import free_port
+from hopper_moe.launch.h200 import breakdown, compare, report, serve, soak
+from hopper_moe.launch.h200.bench import loads
+from hopper_moe.launch.h200.random_checkpoint import mtp_shapes, random_state, tensor_shapes
+from hopper_moe.launch.h200.server import log_facts, serving
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.checkpoint import write_checkpoint
+from hopper_moe.quantization.checkpoint_names import QUANTIZATION_CONFIG
+
+# Answers /health with 503 twice, then 200; a child of it sleeps, as SGLang's workers do. argv: ... --port N ...
+FAKE = """
+import http.server, subprocess, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+child = subprocess.Popen(["sleep", "1000"])
+print("child", child.pid, flush=True)
+if "--crash" in sys.argv:
+    sys.exit("out of memory")
+calls = 0
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        global calls
+        calls += 1
+        self.send_response(200 if calls > 2 else 503)
+        self.end_headers()
+    def log_message(self, *args): pass
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+LAUNCHER = (sys.executable, "-c", FAKE)
+
+
+def child_is_gone(log: Path) -> bool:
+    pid = log.read_text().split()[1]
+    for _ in range(50):
+        if not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_server_is_waited_for_and_ended_with_its_children(tmp_path):
+    log = tmp_path / "server.log"
+    with serving("model", port=free_port(), log=log, launcher=LAUNCHER, ready_timeout=30, arguments=("--x",)) as server:
+        assert server.is_alive() and 0 < server.seconds_to_ready < 30
+        assert server.command[3:] == ["--model-path", "model", "--moe-runner-backend", "hopper_moe", "--host", "127.0.0.1",
+                                      "--port", str(server.port), "--x"]  # fmt: skip
+    assert not server.is_alive() and child_is_gone(log)
+
+
+def test_a_server_that_ends_is_reported_with_its_words(tmp_path):
+    log = tmp_path / "server.log"
+    with pytest.raises(Refusal, match="(?s)ended with code 1.*out of memory"):
+        with serving("model", port=free_port(), log=log, launcher=LAUNCHER, ready_timeout=30, arguments=("--crash",)):
+            pass
+    assert child_is_gone(log)
+
+
+def test_serve_gives_up_and_says_what_the_server_said(tmp_path):
+    """The command line end to end, without a GPU: SGLang cannot start with this."""
+    command = [
+        "--log",
+        str(tmp_path / "log"),
+        "--ready-timeout",
+        "1",
+        "--port",
+        str(free_port()),
+        "/no/such/model",
+        "--",
+        "--nope",
+    ]
+    result = CliRunner().invoke(serve.main, command)
+    assert result.exit_code == 2 and "serve: the server" in result.output
+
+
+LOG = """
+[2026-11-21 11:54:45] start-up: memory   3.19 GiB of experts a layer, 0.93 GiB of workspace for 8192 tokens a call
+[2026-11-21 11:54:45] Load weight end. elapsed=8.66 s, type=DeepseekV4ForCausalLM, quant=fp8, fmt=e4m3, avail mem=104.24 GB, mem usage=34.83 GB.
+[2026-11-21 11:54:46] Memory pool end. avail mem=104.18 GB
+[2026-11-21 11:54:47] start-up: ready    4 layers, 12.76 GiB of packed experts on this rank, self-check 6.0e-03 in 0.4 s
+[2026-11-21 11:54:50] Capture target decode CUDA graph end. elapsed=3.67 s, mem usage=1.58 GB, avail mem=102.58 GB.
+[2026-11-21 11:54:50] max_total_num_tokens=262144, chunked_prefill_size=8192, max_prefill_tokens=16384
+"""  # noqa: E501
+
+
+def test_facts_of_a_log():
+    """Lines of a real server (0.5.17 on an H200)."""
+    assert log_facts(LOG) == {
+        "weights_gib": 34.83, "available_after_load_gib": 104.24, "available_after_pool_gib": 104.18, "kv_tokens": 262144,
+        "graph_gib": 1.58, "workspace_gib": 0.93, "packed_gib": 12.76,
+    }  # fmt: skip
+    assert log_facts("nothing") == {}
+
+
+def answer(token_ids: list[int], logprobs: list[float], second: float) -> dict:
+    return {"prompt_tokens": 3, "token_ids": token_ids, "logprobs": logprobs, "second_logprobs": [second] * len(token_ids)}
+
+
+def test_the_first_difference_of_two_answers():
+    ours, theirs = answer([5, 6, 7], [-1.0, -2.0, -3.0], -9.0), answer([5, 6, 8], [-1.1, -2.0, -3.5], -3.6)
+    found = compare.difference(ours, theirs)
+    assert (found["first_difference"], found["tokens_there"]) == (2, [7, 8])
+    assert found["gap"] == pytest.approx(0.1) and found["logprob_change"] == pytest.approx(0.1)
+    assert compare.difference(ours, ours)["first_difference"] is None
+    scores = compare.score_difference([-1.0, -2.0, -4.0], [-1.0, -2.5, -3.0])
+    assert scores["median_change"] == 0.5 and scores["mean_shift"] == pytest.approx(-1 / 6) and 0.8 < scores["correlation"] < 1
+
+
+def test_a_step_is_added_up_by_what_kernels_do():
+    def kernel(name: str, ts: float, dur: float) -> dict:
+        return {"ph": "X", "cat": "kernel", "name": name, "ts": ts, "dur": dur}
+
+    events = [
+        kernel("void hopper_moe::mega_moe_kernel<128>(Params)", 0, 100), kernel("nvjet_tst_64x8_64x16", 50, 20),
+        kernel("flash_fwd_splitkv_mla", 100, 50), kernel("something new", 200, 10),
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 999},
+    ]  # fmt: skip
+    found = breakdown.summarize(events, 2)
+    assert (found["step_us"], found["busy_us"]) == (105, 80)
+    assert found["groups_us"] == {"routed experts": 50, "attention": 25, "dense linears": 10, "other": 5}
+    assert found["kernels"][0] == {"us_a_step": 50, "calls_a_step": 0.5, "name": events[0]["name"]}
+
+
+METRICS = """# HELP hopper_moe:kernel_launches_total launches
+hopper_moe:kernel_launches_total{kernel="mxfp4_mega",rank="0"} 4245.0
+hopper_moe:kernel_launches_total{kernel="mxfp4_mega",rank="1"} 5.0
+sglang:num_running_reqs{model_name="m"} 0.0
+"""
+
+
+def test_what_a_soak_concludes():
+    assert soak.metric(METRICS, "hopper_moe:kernel_launches_total") == 4250 and soak.metric(METRICS, "nothing") is None
+    idle = {"gpu_mib": 1000.0, "sglang:num_running_reqs": 0.0, "sglang:num_queue_reqs": 0.0}
+    assert soak.verdict([], [idle] * 4, True, "all well", []) == []
+    leaked = [idle, idle, idle, {**idle, "gpu_mib": 1000.0 + soak.GROWTH_MIB + 1}]
+    for said, problems in {
+        "requests failed": soak.verdict(["burst 5+5: 3"], [idle] * 4, True, "", []),
+        "answer changed": soak.verdict([], [idle] * 4, False, "", []),
+        "memory grew": soak.verdict([], leaked, True, "", []),
+        "num_queue_reqs is 2": soak.verdict([], [idle, {**idle, "sglang:num_queue_reqs": 2.0}], True, "", []),
+        "Traceback": soak.verdict([], [idle] * 4, True, "x\nTraceback (most recent call last)\n", []),
+        "compiled after": soak.verdict([], [idle] * 4, True, "", ["mega_moe.so"]),
+    }.items():
+        assert len(problems) == 1 and said in problems[0], problems
+
+
+def test_a_request_that_fails_is_counted():
+    """Against a server that has no /generate: every request is a failure, none hangs or is lost."""
+    import asyncio
+
+    async def work(url: str) -> soak.Load:
+        load = soak.Load(url, 1)
+        await asyncio.gather(*(load.one("burst", 5, 5) for _ in range(3)))
+        await load.close()
+        return load
+
+    with Stub() as stub:
+        load = asyncio.run(work(stub.url.removesuffix("/v1")))
+    assert load.counts["burst"] == 3 and len(load.failures) == 3
+
+
+def row(backend: str, concurrency: int, tpot: float, output_len: int = 256) -> dict:
+    return {
+        "backend": backend, "concurrency": concurrency, "input_len": 1024, "output_len": output_len, "median_tpot_ms": tpot,
+        "median_itl_ms": tpot, "median_ttft_ms": 20.0, "output_throughput": 1000 / tpot, "input_throughput": 5000 / tpot,
+    }  # fmt: skip
+
+
+def test_the_report_compares_with_the_better(tmp_path):
+    rows = [row("hopper_moe", 64, 2.0), row("hopper_moe", 64, 2.2), row("marlin", 64, 3.0), row("flashinfer_mxfp4", 64, 2.5)]
+    rows += [row("hopper_moe", 1, 1.0), row("marlin", 1, 1.0), row("hopper_moe", 1, 4.0, 1), row("marlin", 1, 5.0, 1)]
+    servers = {
+        b: {"gpu_gib": 20.0, "seconds_to_ready": 30.0, "weights_gib": 17.5} for b in ("hopper_moe", "marlin", "flashinfer_mxfp4")
+    }
+    (tmp_path / "serving.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "servers.json").write_text(json.dumps(servers))
+    result = CliRunner().invoke(report.main, [str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "serving.md").read_text().splitlines()
+    assert lines[2].startswith("| 1 |") and lines[3].startswith("| 64 | 2.10 (2.00-2.20), 2.10, 20; 477 |")
+    assert lines[3].endswith("| 1.19x |")  # median of 1000/2 and 1000/2.2, against 400
+    assert any(line.startswith("| 1024 | 20.0, 1250 | 20.0, 1000 |  | 1.25x |") for line in lines)
+    assert (tmp_path / "serving.png").stat().st_size > 1000
+
+
+def test_loads_are_two_batches_and_prompts_alone():
+    planned = loads([1, 64], 1024, 256)
+    assert [(p.concurrency, p.num_prompts, p.output_len) for p in planned] == [(1, 4, 256), (64, 128, 256), (1, 6, 1)]
+
+
+CONFIG = {
+    "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "expert_dtype": "fp4", "hidden_size": 256,
+    "moe_intermediate_size": 128, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3, "num_hash_layers": 1,
+    "vocab_size": 64, "head_dim": 64, "qk_rope_head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 1, "o_groups": 2,
+    "o_lora_rank": 64, "q_lora_rank": 64, "index_head_dim": 32, "index_n_heads": 4, "index_topk": 8, "hc_mult": 2,
+    "compress_ratios": [0, 4, 128], "num_nextn_predict_layers": 1, "quantization_config": QUANTIZATION_CONFIG,
+    "rope_scaling": {"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096},
+    "rope_theta": 10000, "compress_rope_theta": 160000, "max_position_embeddings": 65536, "swiglu_limit": 10.0, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+
+
+def test_a_random_checkpoint_is_whole_and_its_activations_keep_their_size(tmp_path):
+    import torch
+
+    shapes = tensor_shapes(CONFIG)
+    shapes |= mtp_shapes(CONFIG, shapes)
+    state = random_state(shapes, 4, torch.Generator().manual_seed(7), torch.device("cpu"))
+    write_checkpoint(tmp_path / "ckpt", state, CONFIG)  # checks every tensor of every layer
+    ids = state["layers.0.ffn.gate.tid2eid"]
+    assert ids.shape == (64, 2) and bool((ids[:, 0] != ids[:, 1]).all()) and int(ids.max()) == 3
+    assert state["mtp.0.e_proj.scale"].shape == (2, 2)
+    assert float(state["layers.1.attn.wq_a.weight"].std()) == pytest.approx(256**-0.5, rel=0.05)
+
+
+def test_the_scripts_say_what_they_are_for():
+    for name in ("serve", "random_checkpoint", "compare", "bench", "report", "breakdown", "soak"):
+        program = f"from hopper_moe.launch.h200 import {name} as m; assert 'python -m hopper_moe.launch.h200.{name}' in m.__doc__"
+        subprocess.run([sys.executable, "-c", program], check=True)

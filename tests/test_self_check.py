@@ -1,0 +1,123 @@
+"""The check before serving: it passes for kernels that compute the layer and refuses every deliberate mistake."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from layer_data import make_layer
+
+from hopper_moe.kernels import reference
+from hopper_moe.kernels.reference_weights import Mxfp4Experts
+from hopper_moe.moe_backends import self_check
+from hopper_moe.moe_backends.base import ExpertShard
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.packing import pack_experts
+
+SIZES = {"num_experts": 8, "hidden_size": 640, "intermediate_size": 384}
+FIRST, LOCAL, LIMIT = 4, 4, 2.0
+
+
+class Runner:
+    """The reference on packed experts, with `mistake` applied to what goes in and what comes out."""
+
+    def __init__(self, packed, mistake: Callable) -> None:
+        self._packed, self._mistake = packed, mistake
+
+    def run(self, hidden_states, topk_ids, topk_weights):
+        def layer(x, ids, weights, limit=LIMIT, experts=self._packed):
+            return reference.moe_layer(x, ids, weights, experts, swiglu_limit=limit, first_expert=FIRST)
+
+        return self._mistake(layer, hidden_states, topk_ids, topk_weights)
+
+
+MISTAKES = {
+    "scaling factor dropped": lambda layer, x, ids, w: layer(x, ids, w / 1.5),
+    "scaling factor twice": lambda layer, x, ids, w: layer(x, ids, w * 1.5),
+    "next expert": lambda layer, x, ids, w: layer(x, torch.where(ids >= FIRST, FIRST + (ids + 1 - FIRST) % LOCAL, ids), w),
+    "weights of another slot": lambda layer, x, ids, w: layer(x, ids, w.roll(1, 1)),
+    "tokens shifted": lambda layer, x, ids, w: layer(x.roll(1, 0), ids, w),
+    "no clamp": lambda layer, x, ids, w: layer(x, ids, w, limit=None),
+    "masked slot computed": lambda layer, x, ids, w: layer(x, torch.where(ids < 0, FIRST, ids), w),
+    "one token lost": lambda layer, x, ids, w: layer(x, ids, w).index_fill(0, torch.tensor([3]), 0),
+    "not a number": lambda layer, x, ids, w: layer(x, ids, w) * float("nan"),
+    "one NaN": lambda layer, x, ids, w: layer(x, ids, w).index_fill(1, torch.tensor([5]), float("nan")),
+    "rows missing": lambda layer, x, ids, w: layer(x, ids, w)[:-1],
+}
+
+
+@pytest.fixture(scope="module")
+def setup(request):
+    seed = time.time_ns() % 1_000_000
+    print(f"seed {seed}")
+    layer = make_layer(seed, **SIZES)
+    weights = tuple(tensor[FIRST : FIRST + LOCAL] for tensor in layer.weights)
+    shard = ExpertShard(
+        num_experts=SIZES["num_experts"], first_expert=FIRST, num_local_experts=LOCAL, top_k=3, hidden_size=SIZES["hidden_size"],
+        intermediate_size=SIZES["intermediate_size"], swiglu_limit=LIMIT, max_tokens_per_rank=64,
+    )  # fmt: skip
+    return Mxfp4Experts(*weights), pack_experts(*weights), shard
+
+
+def sample(setup, kernel: str = "mxfp4_mega") -> self_check.Sample:
+    checkpoint, _, shard = setup
+    return self_check.expect(kernel, checkpoint, shard, torch.device("cpu"))
+
+
+def test_a_kernel_that_computes_the_layer_passes(setup):
+    right = Runner(setup[1], lambda layer, x, ids, w: layer(x, ids, w))
+    assert self_check.require_agreement("layer", "mxfp4_mega", right, sample(setup)) == 0
+
+
+def test_rounding_as_the_fused_kernel_does_it_passes(setup):
+    """FP32 sums move values over E4M3 edges, as the kernel's order of sums does: the error is of its size, and passes."""
+    rounds = Runner(setup[1], lambda layer, x, ids, w: layer(x, ids, w) * (1 + 8e-3 * torch.randn(x.shape).sign()))
+    assert 7e-3 < self_check.require_agreement("layer", "mxfp4_mega", rounds, sample(setup)) < 1e-2
+
+
+def test_the_default_type_of_torch_does_not_matter(setup):
+    """SGLang loads models with BF16 as default; the runner's interface wants FP32 weights whatever it is."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        drawn = sample(setup)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [t.dtype for t in (drawn.hidden_states, drawn.topk_ids, drawn.topk_weights)] == [
+        torch.bfloat16,
+        torch.int32,
+        torch.float32,
+    ]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_mistake_is_refused(setup, mistake):
+    with pytest.raises(Refusal, match="differs from the reference|returned"):
+        self_check.require_agreement("layer", "mxfp4_mega", Runner(setup[1], MISTAKES[mistake]), sample(setup))
+
+
+def test_a_wrong_conversion_is_refused(setup):
+    """The expectation comes from the checkpoint's tensors, so packing is checked too."""
+    packed = setup[1]
+    packed.w2_base[1] += 1
+    try:
+        with pytest.raises(Refusal, match="differs"):
+            for _ in range(20):  # an expert may be missing from one sample of 6 tokens
+                right = Runner(packed, lambda layer, x, ids, w: layer(x, ids, w))
+                self_check.require_agreement("layer", "mxfp4_mega", right, sample(setup))
+    finally:
+        packed.w2_base[1] -= 1
+
+
+@pytest.mark.parametrize("kernel", ["w4a16", "fp8_mega"])
+def test_kernels_with_other_roundings_have_their_own_reference(setup, kernel):
+    checkpoint, packed, shard = setup
+
+    def unquantised(layer, x, ids, w):
+        return reference.w4a16(x, ids, w, packed, swiglu_limit=LIMIT, first_expert=FIRST)
+
+    self_check.require_agreement("layer", kernel, Runner(packed, unquantised), sample(setup, kernel))
+    for mistake in ("scaling factor dropped", "next expert", "no clamp", "one token lost", "one NaN"):
+        with pytest.raises(Refusal, match="differs"):
+            self_check.require_agreement("layer", kernel, Runner(packed, MISTAKES[mistake]), sample(setup, kernel))

@@ -1,0 +1,79 @@
+"""Weights and routing of `w4a16` as far as they can be checked without a GPU: FlashInfer's layouts, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layer_data import make_layer
+
+from hopper_moe.kernels.reference import w4a16
+from hopper_moe.kernels.reference_weights import Mxfp4Experts
+from hopper_moe.kernels.w4a16 import merge_repeated
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.registry import create_runner
+from hopper_moe.quantization.packing_w4a16 import InterleavedExperts, interleave_scale, up_first
+
+pytest.importorskip("flashinfer")
+
+
+def test_the_runner_names_its_weight_format():
+    runner = create_runner("w4a16")
+    assert runner.experts_type is InterleavedExperts and InterleavedExperts.holds_every_row
+
+
+def test_experts_take_as_many_bytes_as_in_the_checkpoint(seed):
+    layer = make_layer(seed, num_experts=2, hidden_size=256, intermediate_size=128)
+    experts = InterleavedExperts.empty(2, 256, 128, "cpu")
+    tensors = (experts.w13_interleaved, experts.w13_interleaved_scale, experts.w2_interleaved, experts.w2_interleaved_scale)
+    assert sum(t.numel() for t in tensors) == sum(t.numel() for t in layer.weights)
+    assert all(t.shape[0] == 2 for t in tensors), "EPLB moves an expert by copying dim 0"
+    assert (experts.num_experts, experts.hidden_size, experts.intermediate_size) == (2, 256, 128)
+
+
+def test_up_comes_before_gate(seed):
+    layer = make_layer(seed, intermediate_size=128)
+    turned = up_first(layer.w13[1])
+    assert torch.equal(turned[:128], layer.w13[1, 128:]) and torch.equal(turned[128:], layer.w13[1, :128])
+
+
+def test_flashinfers_scales_are_a_permutation_within_rows_and_blocks(seed):
+    """Whatever the installed version's order: every byte once, and a scale never leaves its block of 128 k."""
+    rows, groups = 128, 16
+    place = torch.arange(rows * groups).view(rows, groups)
+    low, high = (place % 256).to(torch.uint8), (place // 256).to(torch.uint8)
+    at = interleave_scale(low).long() + 256 * interleave_scale(high).long()
+    assert torch.equal(at.sort().values, place.flatten())
+    fours = at.view(-1, 4)
+    assert torch.equal(fours, fours[:, :1] + torch.arange(4)), "the four scales of 128 k of a row stay together"
+
+
+@pytest.mark.parametrize("sizes", [(192, 128), (128, 64), (4096, 288)])
+def test_slices_that_are_no_multiple_of_128_are_refused(sizes):
+    with pytest.raises(Refusal, match="not a positive multiple of 128"):
+        InterleavedExperts.empty(1, *sizes, "cpu")
+
+
+def test_storing_needs_the_gpu_and_scales_that_the_kernel_can_read(seed):
+    layer = make_layer(seed, num_experts=1, hidden_size=256, intermediate_size=128)
+    experts = InterleavedExperts.empty(1, 256, 128, "cpu")
+    with pytest.raises(Refusal, match="move them to the GPU"):
+        experts.store(0, *(t[0] for t in layer.weights))
+    layer.w2_scale[0, 3, 1] = 0
+    with pytest.raises(Refusal, match="w2 of local expert 0 has a scale byte 0"):
+        experts.store(0, *(t[0] for t in layer.weights))
+
+
+def test_an_expert_named_twice_counts_twice(seed):
+    layer = make_layer(seed, num_tokens=9, num_experts=4, top_k=4)
+    ids, weights = layer.topk_ids.clone(), layer.topk_weights.clone()
+    ids[0] = torch.tensor([2, 1, 2, 2])
+    ids[1] = torch.tensor([-1, 3, -1, 3])
+    weights[2, 0], ids[2, 0] = float("nan"), -1
+    merged_ids, merged_weights = merge_repeated(ids, weights)
+    assert merged_ids[0].tolist() == [2, 1, -1, -1] and merged_ids[1].tolist() == [-1, 3, -1, -1]
+    assert torch.equal(merged_ids[3:], ids[3:]) and torch.equal(merged_weights[3:], weights[3:])
+    experts = Mxfp4Experts(*layer.weights)
+    x, valid = layer.x.float(), weights.nan_to_num()
+    twice = w4a16(x, ids, valid, experts, swiglu_limit=2.0)
+    torch.testing.assert_close(w4a16(x, merged_ids, merged_weights.nan_to_num(), experts, swiglu_limit=2.0), twice)
+    assert not merged_weights.isnan()[merged_ids >= 0].any()
