@@ -11,6 +11,7 @@ from hopper_moe.kernels import jit
 from hopper_moe.kernels.failure import FailureRecord
 from hopper_moe.kernels.symmetric import SymmetricBuffer, check_group
 from hopper_moe.kernels.tile_table import TileTable, table_for
+from hopper_moe.moe_backends.env_table import DEFAULT_TIMEOUT_S
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
 
@@ -25,7 +26,6 @@ _WORKSPACE_FIELDS = (
     "pool_x", "pool_x_scale", "pool_weight", "pool_slot", "pool_h", "pool_h_scale", "num_bytes",
 )  # fmt: skip
 MAX_EXPERTS = 400  # kMaxExperts in csrc/layout.cuh: what the table in shared memory holds
-DEFAULT_TIMEOUT_S = 300  # a peer may still be compiling or capturing graphs
 MAX_CAPACITY_SLOTS = 1 << 24  # a slot number shares 32 bits with the rank
 
 

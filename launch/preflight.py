@@ -24,6 +24,7 @@ class Report:
     lines: tuple[str, ...]
     refusals: tuple[str, ...]
     shape: LayerShape | None = None  # one layer as one rank holds it
+    exchanges: bool = False  # whether the kernel itself moves tokens between ranks
 
 
 def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Settings) -> Report:
@@ -52,7 +53,7 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
         expert_bytes = expert_bytes_per_rank(facts, shape.ep_size, shape.intermediate_size)
         lines.append(f"memory   {expert_bytes / GIB:.2f} GiB of packed expert weights per rank")
         refusals += _memory_refusals(plan, machine, expert_bytes)
-    return Report(choice, tuple(lines), tuple(refusals), shape)
+    return Report(choice, tuple(lines), tuple(refusals), shape, _exchanges(plan, choice))
 
 
 def workspace_line(report: Report, settings: Settings) -> str | None:
@@ -72,8 +73,12 @@ def workspace_line(report: Report, settings: Settings) -> str | None:
         num_experts=shape.num_experts,
         top_k=shape.top_k,
         num_local_experts=shape.num_experts // shape.ep_size,
+        num_ranks=shape.ep_size if report.exchanges else 1,
+        fp8_combine=settings.fp8_combine,
+        fp4_dispatch=settings.fp4_dispatch,
     )
-    return f"memory   {num_bytes / GIB:.2f} GiB of workspace per rank, for {capacity} tokens a call; kernel compiled"
+    name = f"exchange buffer over {shape.ep_size} ranks" if report.exchanges and shape.ep_size > 1 else "workspace"
+    return f"memory   {num_bytes / GIB:.2f} GiB of {name} per rank, for {capacity} tokens a call; kernel compiled"
 
 
 def expert_bytes_per_rank(facts: ModelFacts, ep_size: int, intermediate_size: int) -> int:

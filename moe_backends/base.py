@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+
+from hopper_moe.moe_backends.env_table import DEFAULT_TIMEOUT_S
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class ExpertShard:
     intermediate_size: int  # of this rank: already divided by the tensor-parallel size of the experts
     swiglu_limit: float | None  # None: no clamp
     max_tokens_per_rank: int
+    group: dist.ProcessGroup | None = None  # ranks that exchange tokens inside the kernel; None: SGLang moves them
+    fp8_combine: bool = False  # options of that exchange (contract section 1)
+    fp4_dispatch: bool = False
+    timeout_s: float = DEFAULT_TIMEOUT_S  # how long to wait for a rank of the group
+    layer: int = field(default=-1, compare=False)  # its number, for messages
 
 
 class ExpertTensors(Protocol):

@@ -17,6 +17,7 @@ KERNELS = ("mxfp4_mega", "fp8_mega", "w4a16", "reference")  # best first: the or
 
 MAX_CAPACITY = 1 << 18
 MAX_TIMEOUT_S = 3600
+DEFAULT_TIMEOUT_S = 300  # a peer may still be compiling or capturing graphs
 
 _TRUE = ("1", "true", "yes", "y")  # the spellings SGLang takes, so that a legacy name means the same to both
 _FALSE = ("0", "false", "no", "n")
@@ -136,7 +137,7 @@ VARIABLES: tuple[Variable, ...] = (
         f"1..{MAX_TIMEOUT_S}",
         "seconds a kernel waits for another rank before it stops with a message naming that rank",
         _int_in(1, MAX_TIMEOUT_S, "seconds"),
-        lambda: 300,
+        lambda: DEFAULT_TIMEOUT_S,
     ),
     Variable(
         "cache_dir",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hopper_moe")
 
 HOPPER = (9, 0)
+EXCHANGE_OPTIONS = frozenset({"fp8_combine", "fp4_dispatch"})
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class Choice:
 _SPECS = (
     KernelSpec(
         "mxfp4_mega",
-        "FP4 experts, one fused kernel: both GEMMs, SwiGLU and the weighted sum",
+        "FP4 experts, one fused kernel: dispatch, both GEMMs, SwiGLU and combine, across the ranks of a host",
         "hopper_moe.moe_backends.runners.mxfp4_mega:create",
         "fp4",
         HOPPER,
         max_experts=400,
+        multi_rank=True,
+        options=EXCHANGE_OPTIONS,
     ),
     KernelSpec("fp8_mega", "FP8 experts, the same fused kernel", None, "fp8", HOPPER),
     KernelSpec(
@@ -90,6 +93,7 @@ _SPECS = (
         "fp4",
         multi_rank=True,
         capturable=False,
+        options=EXCHANGE_OPTIONS,
     ),
 )
 REGISTRY: dict[str, KernelSpec] = {spec.name: spec for spec in _SPECS}

@@ -98,6 +98,11 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
             intermediate_size=config.intermediate_size_per_partition,
             swiglu_limit=config.swiglu_limit,
             max_tokens_per_rank=self._plan.capacity,
+            group=self._group(layer),
+            fp8_combine=settings().fp8_combine,
+            fp4_dispatch=settings().fp4_dispatch,
+            timeout_s=settings().timeout_s,
+            layer=next((int(part) for part in self._prefix.split(".") if part.isdigit()), -1),
         )
         if layer.moe_ep_rank == layer.moe_tp_rank == 0:
             announce_plan(self._kernel, self._shard, self._plan, layer.w13_weight.device)

@@ -74,8 +74,10 @@ ON_EIGHT_H200 = {
     ),
     "switch no switch": ({"HOPPER_MOE_FP8_COMBINE": "maybe"}, [], "'maybe' is not a switch"),
     "older switch no switch": ({"DG_USE_FP4_ACTS": "2"}, [], "DG_USE_FP4_ACTS='2' is not a switch"),
-    "fp8 combine not built": ({"HOPPER_MOE_KERNEL": "mxfp4_mega", "DG_USE_FP8_COMBINE": "1"}, [], "unset DG_USE_FP8_COMBINE"),
-    "fp4 dispatch not built": ({"HOPPER_MOE_FP4_DISPATCH": "1"}, [], "unset HOPPER_MOE_FP4_DISPATCH"),
+    "fp8 combine without exchange": ({"HOPPER_MOE_KERNEL": "w4a16", "DG_USE_FP8_COMBINE": "1"}, [], "unset DG_USE_FP8_COMBINE"),
+    "fp4 dispatch without exchange": (
+        {"HOPPER_MOE_KERNEL": "w4a16", "HOPPER_MOE_FP4_DISPATCH": "1"}, [], "unset HOPPER_MOE_FP4_DISPATCH",
+    ),
     "combine contradiction": ({"HOPPER_MOE_FP8_COMBINE": "0", "DG_USE_FP8_COMBINE": "1"}, [], "contradict each other"),
     "timeout zero": ({"HOPPER_MOE_TIMEOUT_S": "0"}, [], "outside 1..3600 seconds"),
     "timeout with unit": ({"HOPPER_MOE_TIMEOUT_S": "5m"}, [], "'5m' is not a whole number"),

@@ -124,13 +124,14 @@ def current_commit() -> str:
 
 def check_run(ranks: int, tokens: tuple[int, ...], local_experts: int, shape: ModelShape) -> None:
     """Raises Refusal for a run that cannot be."""
+    if ranks != 1:
+        check_ranks(ranks)
     if min(tokens) < 1:
         raise Refusal(f"--tokens {min(tokens)} is below 1: there is nothing to time.")
     if local_experts < shape.top_k:
         raise Refusal(f"--local-experts {local_experts} is below top_k {shape.top_k}: a token needs that many distinct experts.")
     if not torch.cuda.is_available():
         raise Refusal("this machine has no CUDA GPU: benchmarks need an SM90 GPU (H20, H100, H200).")
-    check_ranks(ranks)
 
 
 def deep_gemm_note() -> str:

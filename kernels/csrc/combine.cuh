@@ -103,9 +103,7 @@ __device__ inline void combine_unit(const MegaMoeParams& p, const CombineGroup& 
 template <typename Slots>
 class Combiner {
  public:
-  __device__ Combiner(const MegaMoeParams& p, const TaskList& tasks, int lane, uint32_t launch, uint32_t parity)
-      : p_(p), tasks_(tasks), lane_(lane), launch_(launch), done_(p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups()),
-        claimed_(p.local<uint32_t>(p.ws.group_claimed) + parity * p.shape.num_column_groups()) {}
+  __device__ Combiner(const MegaMoeParams& p, const TaskList& tasks, int lane, uint32_t launch) : p_(p), tasks_(tasks), lane_(lane), launch_(launch) {}
 
   __device__ __forceinline__ bool finished() const { return group_ >= p_.shape.num_column_groups(); }
 
@@ -119,7 +117,7 @@ class Combiner {
     // Few units: one each, so that every warp gets a share.
     const int num = group.num_units > kManyUnits ? 4 : 1;
     uint32_t first = 0;
-    if (lane_ == 0) first = atomicAdd(claimed_ + group_, num);
+    if (lane_ == 0) first = atomicAdd(p_.group_claimed(launch_) + group_, num);
     first = __shfl_sync(~0u, first, 0);
     if (first >= static_cast<uint32_t>(group.num_units)) {
       ready_ = false;
@@ -144,9 +142,9 @@ class Combiner {
         there = wait || has_reached(sent, launch_);
       }
     } else if (wait) {
-      if (lane_ == 0) ptx::wait_at_least(done_ + group_, group.target);
+      if (lane_ == 0) ptx::wait_at_least(p_.group_done(launch_) + group_, group.target);
     } else {
-      there = ptx::load_acquire_gpu(done_ + group_) >= group.target;
+      there = ptx::load_acquire_gpu(p_.group_done(launch_) + group_) >= group.target;
     }
     return __all_sync(~0u, there);
   }
@@ -157,7 +155,7 @@ class Combiner {
     while (group_ < num_groups) {
       const int group = group_ + lane_;
       const bool left = group < num_groups &&
-                        static_cast<int>(__ldcg(claimed_ + group)) < CombineGroup(p_, tasks_, min(group, num_groups - 1)).num_units;
+                        static_cast<int>(__ldcg(p_.group_claimed(launch_) + group)) < CombineGroup(p_, tasks_, min(group, num_groups - 1)).num_units;
       const uint32_t groups_left = __ballot_sync(~0u, left);
       if (groups_left) {
         group_ += __ffs(groups_left) - 1;
@@ -171,8 +169,6 @@ class Combiner {
   const TaskList& tasks_;
   const int lane_;
   const uint32_t launch_;
-  const uint32_t* done_;
-  uint32_t* claimed_;
   int group_ = 0;
   bool ready_ = false;
 };

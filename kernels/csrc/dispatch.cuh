@@ -29,26 +29,30 @@ struct PoolRow {
   }
 };
 
-// Where 16-byte chunk `chunk` of a row goes.
-__device__ __forceinline__ uint4* pool_chunk(uint8_t* block, const PoolRow& to, int chunk) {
-  return reinterpret_cast<uint4*>(block + int64_t{chunk / 8} * to.tile * kUnitK + swizzled(to.row, chunk % 8));
-}
+// The 16-byte chunks of a row that lane `lane` moves are lane, lane + 32, ...: always the same one of its 128-byte line, four lines further.
+struct PoolLane {
+  uint8_t* at;
+  int stride;
+  __device__ PoolLane(uint8_t* block, const PoolRow& to, int lane)
+      : at(block + lane / 8 * to.tile * kUnitK + swizzled(to.row, lane % 8)), stride(4 * to.tile * kUnitK) {}
+};
 
 // kInFlight 16-byte loads a lane hide the latency.
 template <int kInFlight>
-__device__ __forceinline__ void copy_row(const uint8_t* source, uint8_t* block, const PoolRow& to, int num_chunks, int lane) {
-  for (int first = 0; first < num_chunks; first += 32 * kInFlight) {
+__device__ __forceinline__ void copy_row(const uint8_t* source, PoolLane to, int num_chunks, int lane) {
+  source += lane * 16;
+  for (int chunk = lane; chunk < num_chunks; chunk += 32 * kInFlight) {
     uint4 v[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int chunk = first + i * 32 + lane;
-      if (chunk < num_chunks) v[i] = ptx::load_l2(source + chunk * 16);
+      if (chunk + 32 * i < num_chunks) v[i] = ptx::load_l2(source + 512 * i);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int chunk = first + i * 32 + lane;
-      if (chunk < num_chunks) *pool_chunk(block, to, chunk) = v[i];
+      if (chunk + 32 * i < num_chunks) *reinterpret_cast<uint4*>(to.at) = v[i];
+      to.at += to.stride;
     }
+    source += 512 * kInFlight;
   }
 }
 
@@ -66,32 +70,32 @@ __device__ __forceinline__ uint2 expand_e2m1(uint32_t nibbles, int exponent) {
 }
 
 // The row arrives as E2M1 and is stored as E4M3, which is what the products read.
-__device__ inline void expand_row(const uint8_t* source, const int8_t* exponents, uint8_t* block, const PoolRow& to, int num_chunks, int lane) {
-  for (int chunk = lane; chunk < num_chunks; chunk += 32) {
+__device__ __forceinline__ void expand_row(const uint8_t* source, const int8_t* exponents, PoolLane to, int num_chunks, int lane) {
+  for (int chunk = lane; chunk < num_chunks; chunk += 32, to.at += to.stride) {
     const uint2 nibbles = __ldcg(reinterpret_cast<const uint2*>(source + chunk * 8));
     const int exponent = static_cast<signed char>(__ldcg(reinterpret_cast<const char*>(exponents + chunk * 16 / kFp4Group)));
     const uint2 low = expand_e2m1(nibbles.x, exponent), high = expand_e2m1(nibbles.y, exponent);
-    *pool_chunk(block, to, chunk) = make_uint4(low.x, low.y, high.x, high.y);
+    *reinterpret_cast<uint4*>(to.at) = make_uint4(low.x, low.y, high.x, high.y);
   }
 }
 
 // One warp moves one row.
 template <int kInFlight>
-__device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const ExpertTable& table, uint32_t* x_ready, int index, int lane) {
+__device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const ExpertTable& table, uint32_t launch, int index, int lane) {
   const Shape& s = p.shape;
   const int groups = s.num_scale_groups(), num_chunks = s.hidden / 16;
   const PoolRow to(p, table, index);
   const int token = to.slot / s.top_k;
   const uint8_t* source = p.peer<uint8_t>(to.rank, p.ws.x) + int64_t{token} * s.token_bytes();
-  uint8_t* pool = p.local<uint8_t>(p.ws.pool_x) + int64_t{to.block_row} * s.hidden;
+  const PoolLane pool(p.local<uint8_t>(p.ws.pool_x) + int64_t{to.block_row} * s.hidden, to, lane);
   const float* source_scale = p.peer<float>(to.rank, p.ws.x_scale) + int64_t{token} * groups;
   float scale = 0.f;
   if (lane < groups) scale = __ldcg(source_scale + lane);
   const float weight = __ldcg(p.peer<float>(to.rank, p.ws.topk_weights) + to.slot);
   if (s.fp4_dispatch) {
-    expand_row(source, p.peer<int8_t>(to.rank, p.ws.x_exponent) + int64_t{token} * s.num_token_exponents(), pool, to, num_chunks, lane);
+    expand_row(source, p.peer<int8_t>(to.rank, p.ws.x_exponent) + int64_t{token} * s.num_token_exponents(), pool, num_chunks, lane);
   } else {
-    copy_row<kInFlight>(source, pool, to, num_chunks, lane);
+    copy_row<kInFlight>(source, pool, num_chunks, lane);
   }
   float* pool_scale = p.local<float>(p.ws.pool_x_scale) + int64_t{to.block_row} * groups;
   if (lane < groups) pool_scale[lane * to.tile + to.row] = scale;
@@ -102,7 +106,7 @@ __device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const Exper
   }
   ptx::fence_async_global();   // the rows are read by bulk copies
   __syncwarp();
-  if (lane == 0) ptx::red_add_release_gpu(x_ready + to.block, 1);
+  if (lane == 0) ptx::red_add_release_gpu(p.x_ready(launch) + to.block, 1);
 }
 
 // Rows are dispatched in the order the products need them. The first ones by all warps that would otherwise wait for them (the weights are on
@@ -117,23 +121,22 @@ struct DispatchPlan {
 };
 
 template <int kInFlight>
-__device__ __forceinline__ void dispatch_first(const MegaMoeParams& p, const ExpertTable& table, uint32_t* x_ready, int worker, int num_workers,
+__device__ __forceinline__ void dispatch_first(const MegaMoeParams& p, const ExpertTable& table, uint32_t launch, int worker, int num_workers,
                                                int lane) {
   const DispatchPlan plan(p, table);
-  for (int row = worker; row < plan.num_first; row += num_workers) dispatch_row<kInFlight>(p, table, x_ready, row, lane);
+  for (int row = worker; row < plan.num_first; row += num_workers) dispatch_row<kInFlight>(p, table, launch, row, lane);
 }
 
 // Which rows may be dispatched now: those of a later wave overwrite the pools of the wave before. For whole warps.
 class WaveGate {
  public:
-  __device__ WaveGate(const MegaMoeParams& p, const ExpertTable& table, uint32_t parity, int lane)
-      : p_(p), table_(table), group_done_(p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups()), lane_(lane),
-        next_(table, p, 1) {}
+  __device__ WaveGate(const MegaMoeParams& p, const ExpertTable& table, uint32_t launch, int lane)
+      : p_(p), table_(table), lane_(lane), launch_(launch), end_(WaveBegin(table, p, 1).slot) {}
 
   __device__ __forceinline__ bool admits(int slot) {
-    while (slot >= next_.slot) {
-      if (!products_done(next_.block)) return false;
-      next_ = WaveBegin(table_, p_, ++wave_ + 1);
+    while (slot >= end_) {
+      if (!products_done(WaveBegin(table_, p_, wave_ + 1).block)) return false;
+      end_ = WaveBegin(table_, p_, ++wave_ + 1).slot;
     }
     return true;
   }
@@ -145,17 +148,16 @@ class WaveGate {
     bool done = true;
     for (int group = lane_; group < s.num_column_groups(); group += 32) {
       const uint32_t target = static_cast<uint32_t>(end_block) * TaskList::group_width(s, group) * kServiceWarps;
-      done = done && ptx::load_acquire_gpu(group_done_ + group) >= target;
+      done = done && ptx::load_acquire_gpu(p_.group_done(launch_) + group) >= target;
     }
     return __all_sync(~0u, done);
   }
 
   const MegaMoeParams& p_;
   const ExpertTable& table_;
-  const uint32_t* group_done_;
   const int lane_;
-  int wave_ = 0;
-  WaveBegin next_;
+  const uint32_t launch_;
+  int wave_ = 0, end_;   // the wave that is being dispatched, its last row + 1
 };
 
 }  // namespace hopper_moe

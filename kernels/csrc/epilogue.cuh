@@ -14,11 +14,8 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) { ret
 template <bool kFp8Combine>
 class Epilogue {
  public:
-  __device__ Epilogue(const MegaMoeParams& p, SharedStorage& smem, const TileBarriers& tile, int num_blocks, int warp, int lane, uint32_t launch,
-                      uint32_t parity)
-      : p_(p), smem_(smem), tile_(tile), num_blocks_(num_blocks), warp_(warp), lane_(lane), launch_(launch),
-        h_ready_(p.local<uint32_t>(p.ws.h_ready) + parity * p.shape.max_blocks()),
-        group_done_(p.local<uint32_t>(p.ws.group_done) + parity * p.shape.num_column_groups()) {}
+  __device__ Epilogue(const MegaMoeParams& p, SharedStorage& smem, const TileBarriers& tile, int num_blocks, int warp, int lane, uint32_t launch)
+      : p_(p), smem_(smem), tile_(tile), num_blocks_(num_blocks), warp_(warp), lane_(lane), launch_(launch) {}
 
   __device__ __forceinline__ void run(const Task& task) const {
     const int half = task.block.tile / kServiceWarps, first = warp_ * half, last = min(first + half, task.block.num_rows);
@@ -35,7 +32,7 @@ class Epilogue {
     if (!task.is_l1 && p_.shape.num_ranks > 1) {
       finish_l2(group);
     } else if (lane_ == 0) {
-      ptx::red_add_release_gpu(task.is_l1 ? h_ready_ + task.block.index : group_done_ + group, 1);   // carries what all lanes stored
+      ptx::red_add_release_gpu(task.is_l1 ? p_.h_ready(launch_) + task.block.index : p_.group_done(launch_) + group, 1);   // carries what all lanes stored
     }
   }
 
@@ -44,7 +41,7 @@ class Epilogue {
   __device__ __forceinline__ void finish_l2(int group) const {
     const uint32_t target = static_cast<uint32_t>(num_blocks_) * TaskList::group_width(p_.shape, group) * kServiceWarps;
     bool last = false;
-    if (lane_ == 0) last = ptx::add_acq_rel_gpu(group_done_ + group, 1) + 1 == target;
+    if (lane_ == 0) last = ptx::add_acq_rel_gpu(p_.group_done(launch_) + group, 1) + 1 == target;
     if (__any_sync(~0u, last)) announce_results(p_, group, launch_, lane_);
   }
 
@@ -120,7 +117,6 @@ class Epilogue {
   const TileBarriers& tile_;
   const int num_blocks_, warp_, lane_;
   const uint32_t launch_;
-  uint32_t *h_ready_, *group_done_;
 };
 
 }  // namespace hopper_moe

@@ -157,6 +157,13 @@ struct MegaMoeParams {
 
   template <typename T>
   __device__ T* local(int64_t offset) const { return reinterpret_cast<T*>(rank_base[shape.rank] + offset); }
+  // Counters that exist twice, by parity of the launch: this launch's copy of `num` of them.
+  __device__ uint32_t* counters(int64_t offset, int num, uint32_t launch) const { return local<uint32_t>(offset) + parity_of(launch) * num; }
+  __device__ static uint32_t parity_of(uint32_t launch) { return ~launch & 1; }   // launches count from 1
+  __device__ uint32_t* x_ready(uint32_t launch) const { return counters(ws.x_ready, shape.max_blocks(), launch); }
+  __device__ uint32_t* h_ready(uint32_t launch) const { return counters(ws.h_ready, shape.max_blocks(), launch); }
+  __device__ uint32_t* group_done(uint32_t launch) const { return counters(ws.group_done, shape.num_column_groups(), launch); }
+  __device__ uint32_t* group_claimed(uint32_t launch) const { return counters(ws.group_claimed, shape.num_column_groups(), launch); }
   template <typename T>
   __device__ T* peer(int rank, int64_t offset) const { return reinterpret_cast<T*>(rank_base[rank] + offset); }
 };

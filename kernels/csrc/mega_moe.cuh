@@ -17,10 +17,9 @@ static_assert(32 * (kMathWarps * kMathRegisters + (kNumWarps - kMathWarps) * kOt
 constexpr int kFirstProducerWarp = kMathWarps + kServiceWarps;
 
 // Counters of the other parity are the next launch's: whoever used them has finished. `thread` of `num_threads` over the whole grid.
-__device__ inline void clear_next_counters(const MegaMoeParams& p, uint32_t parity, int thread, int num_threads) {
-  const uint32_t next = parity ^ 1;
+__device__ inline void clear_next_counters(const MegaMoeParams& p, uint32_t launch, int thread, int num_threads) {
   auto clear = [&](int64_t offset, int num) {
-    uint32_t* counters = p.local<uint32_t>(offset) + next * num;
+    uint32_t* counters = p.counters(offset, num, launch + 1);
     for (int i = thread; i < num; i += num_threads) counters[i] = 0;
   };
   clear(p.ws.expert_count, p.shape.num_experts);
@@ -60,35 +59,34 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
     ptx::fence_mbarrier_init();
   }
   ptx::grid_dependency_wait();   // pre-dispatch: tokens, lists and counts
-  const uint32_t epoch = __ldcg(p.local<uint32_t>(p.ws.epoch)), launch = epoch + 1, parity = epoch & 1;
-  if (p.shape.num_ranks > 1) exchange_counts(p, launch, parity);
-  build_expert_table(smem.experts, p, parity);   // ends with __syncthreads
+  const uint32_t launch = __ldcg(p.local<uint32_t>(p.ws.epoch)) + 1;
+  if (p.shape.num_ranks > 1) exchange_counts(p, launch);
+  build_expert_table(smem.experts, p, launch);   // ends with __syncthreads
   const TaskList tasks(smem.experts, p);
 
   if (warp < kMathWarps) {
     ptx::set_max_registers_up<kMathRegisters>();
-    dispatch_first<8>(p, smem.experts, p.local<uint32_t>(p.ws.x_ready) + parity * p.shape.max_blocks(), blockIdx.x + warp * gridDim.x,
+    dispatch_first<8>(p, smem.experts, launch, blockIdx.x + warp * gridDim.x,
                       (kMathWarps + kServiceWarps) * gridDim.x, lane);
     MathContext c{p, smem, ring, tile, {warp / 4, warp % 4, lane}};
     run_math(c, feed);
     const TaskList again(smem.experts, p);   // nothing of the combiner's is kept in registers while the products run
-    const uint32_t same_epoch = __ldcg(p.local<uint32_t>(p.ws.epoch));
-    CombinerOf combiner(p, again, lane, same_epoch + 1, same_epoch & 1);
+    CombinerOf combiner(p, again, lane, __ldcg(p.local<uint32_t>(p.ws.epoch)) + 1);
     while (!combiner.finished()) combiner.step(true);
   } else {
     ptx::set_max_registers_down<kOtherRegisters>();
-    CombinerOf combiner(p, tasks, lane, launch, parity);
+    CombinerOf combiner(p, tasks, lane, launch);
     if (warp < kFirstProducerWarp) {
       const int part = warp - kMathWarps, num_threads = kServiceWarps * 32;
-      clear_next_counters(p, parity, blockIdx.x * num_threads + part * 32 + lane, gridDim.x * num_threads);
+      clear_next_counters(p, launch, blockIdx.x * num_threads + part * 32 + lane, gridDim.x * num_threads);
       count_load(p, smem.experts, part * 32 + lane, num_threads);
       if (tasks.num_blocks == 0 && p.shape.num_ranks > 1 && blockIdx.x == 0) announce_nothing(p, launch, part, lane);
-      serve<Epilogue<kFp8Combine>>(p, smem, tile, tasks, combiner, feed, launch, parity, part, lane);
+      serve<Epilogue<kFp8Combine>>(p, smem, tile, tasks, combiner, feed, launch, part, lane);
     } else if (lane == 0) {
       if (warp == kFirstProducerWarp) {
-        produce_weights(p, smem.experts, tasks, ring, feed, parity);
+        produce_weights(p, smem.experts, tasks, ring, feed, launch);
       } else {
-        produce_activations(p, smem.experts, tasks, ring, feed, parity);
+        produce_activations(p, smem.experts, tasks, ring, feed, launch);
       }
     }
     __syncwarp();

@@ -38,12 +38,12 @@ __device__ __forceinline__ void wait_for_peer(const MegaMoeParams& p, const uint
 }
 
 // Sends every rank the counts of its experts and waits for those of all others. All threads call it; ends with __syncthreads.
-__device__ inline void exchange_counts(const MegaMoeParams& p, uint32_t launch, uint32_t parity) {
+__device__ inline void exchange_counts(const MegaMoeParams& p, uint32_t launch) {
   const Shape& s = p.shape;
   const int to = blockIdx.x;
   if (to < s.num_ranks) {
-    const uint32_t* counts = p.local<uint32_t>(p.ws.expert_count) + parity * s.num_experts + to * s.num_local_experts;
-    uint32_t* received = p.peer<uint32_t>(to, p.ws.received_count) + (parity * s.num_ranks + s.rank) * s.num_local_experts;
+    const uint32_t* counts = p.counters(p.ws.expert_count, s.num_experts, launch) + to * s.num_local_experts;
+    uint32_t* received = p.peer<uint32_t>(to, p.ws.received_count) + (p.parity_of(launch) * s.num_ranks + s.rank) * s.num_local_experts;
     for (int i = threadIdx.x; i < s.num_local_experts; i += blockDim.x) received[i] = __ldcg(counts + i);
     __syncthreads();
     if (threadIdx.x == 0) ptx::store_release_system(p.peer<uint32_t>(to, p.ws.arrived) + s.rank, launch);

@@ -94,9 +94,9 @@ struct Ring {
 
 // One thread: takes tasks and streams their weights. The next task is asked for before the current one's weights, which hides the latency.
 __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring, TaskFeed feed,
-                                      uint32_t parity) {
+                                      uint32_t launch) {
   const Shape& s = p.shape;
-  uint32_t* counter = p.local<uint32_t>(p.ws.next_task) + parity;
+  uint32_t* counter = p.counters(p.ws.next_task, 1, launch);
   StageCursor cursor;
   int index = blockIdx.x;   // the first task of every CTA needs no counter
   for (bool more = true; more;) {
@@ -136,10 +136,8 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
 
 // One thread: waits until a block's rows (L1) or features (L2) are complete, then streams them beside the weights.
 __device__ inline void produce_activations(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring,
-                                           TaskFeed feed, uint32_t parity) {
+                                           TaskFeed feed, uint32_t launch) {
   const Shape& s = p.shape;
-  const uint32_t* x_ready = p.local<uint32_t>(p.ws.x_ready) + parity * s.max_blocks();
-  const uint32_t* h_ready = p.local<uint32_t>(p.ws.h_ready) + parity * s.max_blocks();
   StageCursor cursor;
   for (int index = feed.next().index; index < tasks.num_tasks; index = feed.next().index) {
     const Task task = tasks.get(table, p, index);
@@ -148,7 +146,7 @@ __device__ inline void produce_activations(const MegaMoeParams& p, const ExpertT
     const int chunks_per_group = task.is_l1 ? kActGroup / kUnitK : 1, num_groups = ceil_div(num_chunks, chunks_per_group);
     const uint8_t* pool = p.local<uint8_t>(task.is_l1 ? p.ws.pool_x : p.ws.pool_h) + int64_t{row} * k;
     const float* scales = p.local<float>(task.is_l1 ? p.ws.pool_x_scale : p.ws.pool_h_scale) + int64_t{row} * num_groups;
-    const uint32_t* ready = (task.is_l1 ? x_ready : h_ready) + task.block.index;
+    const uint32_t* ready = (task.is_l1 ? p.x_ready(launch) : p.h_ready(launch)) + task.block.index;
     const uint32_t target = task.is_l1 ? task.block.num_rows : kServiceWarps * s.num_features_tiles();
     ptx::wait_at_least(ready, target);
     ptx::fence_async_global();

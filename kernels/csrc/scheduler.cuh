@@ -32,12 +32,12 @@ __device__ __forceinline__ int find_expert(const int* base, int num_experts, int
 __device__ __forceinline__ int tail_tile(const TileTable& tiles, int num_rows) { return tiles.tail_tile[(num_rows + 7) / 8]; }
 
 // Inclusive scan of three values over the CTA's first num_local_experts threads, as exclusive prefixes in the table. All threads call it.
-__device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParams& p, uint32_t parity) {
+__device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParams& p, uint32_t launch) {
   const Shape& s = p.shape;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int num_counts = s.num_ranks * s.num_local_experts;
-  const uint32_t* counts = s.num_ranks == 1 ? p.local<uint32_t>(p.ws.expert_count) + parity * s.num_experts + s.first_expert
-                                            : p.local<uint32_t>(p.ws.received_count) + parity * num_counts;
+  const uint32_t* counts = s.num_ranks == 1 ? p.counters(p.ws.expert_count, s.num_experts, launch) + s.first_expert
+                                            : p.counters(p.ws.received_count, num_counts, launch);
   for (int i = thread; i < num_counts; i += blockDim.x) table.rank_count[i] = static_cast<int>(__ldcg(counts + i));
   __syncthreads();
   int carry[3] = {0, 0, 0};

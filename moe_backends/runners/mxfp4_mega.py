@@ -1,42 +1,42 @@
-"""Kernel `mxfp4_mega`: the fused CUDA kernel on this rank's experts."""
+"""Kernel `mxfp4_mega`: the fused CUDA kernel on this rank's experts, or across the ranks of a group."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.packing import PackedExperts
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from hopper_moe.kernels.mega_moe import MegaMoE
     from hopper_moe.moe_backends.base import ExpertShard
 
 
 @functools.cache
-def _kernel(
-    capacity: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_experts: int,
-    first_expert: int,
-    num_local_experts: int,
-    top_k: int,
-    device: torch.device,
-) -> MegaMoE:
-    """One kernel object, and so one workspace, for all layers of the same shape."""
+def _kernel(shape: ExpertShard, device: torch.device) -> MegaMoE:
+    """One kernel object, and so one workspace, for all layers of the same shape (their limit and number do not matter)."""
     from hopper_moe.kernels.mega_moe import MegaMoE
 
+    # A group's ranks hold equal shares in rank order, so the shard follows from it.
+    local = {} if shape.group else {"first_expert": shape.first_expert, "num_local_experts": shape.num_local_experts}
     return MegaMoE(
-        num_tokens_capacity=capacity,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_experts=num_experts,
-        first_expert=first_expert,
-        num_local_experts=num_local_experts,
-        top_k=top_k,
+        num_tokens_capacity=shape.max_tokens_per_rank,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
         device=device,
+        group=shape.group,
+        fp8_combine=shape.fp8_combine,
+        fp4_dispatch=shape.fp4_dispatch,
+        timeout_s=shape.timeout_s,
+        **local,
     )
 
 
@@ -47,18 +47,18 @@ class Mxfp4MegaRunner:
 
     def prepare(self, experts: PackedExperts, shard: ExpertShard) -> None:
         """See `ExpertRunner.prepare`. The first layer of a shape compiles the kernel (if it was not before) and takes the
-        workspace."""
-        self._packed, self._swiglu_limit = experts, shard.swiglu_limit
-        self._kernel = _kernel(
-            shard.max_tokens_per_rank,
-            shard.hidden_size,
-            shard.intermediate_size,
-            shard.num_experts,
-            shard.first_expert,
-            shard.num_local_experts,
-            shard.top_k,
-            experts.device,
-        )
+        workspace; with a group, that is collective."""
+        self._packed, self._swiglu_limit, self._layer, self._group = experts, shard.swiglu_limit, shard.layer, shard.group
+        self._kernel = _kernel(replace(shard, swiglu_limit=None), experts.device)
+
+    def run_across_ranks(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        """`run`, but complete: tokens visit the experts of every rank of `group`, which must be the shard's. Ranks without tokens must
+        call it too. Returns bf16 [num_tokens, hidden_size] of this rank's rows."""
+        if group is not self._group:
+            raise Refusal("mxfp4_mega was prepared for another group of ranks than it is called with: prepare the layer again.")
+        return self.run(hidden_states, topk_ids, topk_weights)
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """See `ExpertRunner.run`."""
@@ -68,6 +68,7 @@ class Mxfp4MegaRunner:
             topk_weights.contiguous(),
             self._packed,
             swiglu_limit=self._swiglu_limit,
+            layer=self._layer,
         )
 
     @property

@@ -45,6 +45,8 @@ class ReferenceRunner:
             self._experts,
             swiglu_limit=self._shard.swiglu_limit,
             first_expert=self._shard.first_expert,
+            fp4=self._shard.fp4_dispatch,
+            fp8_combine=self._shard.fp8_combine,
         )
 
     def run_across_ranks(
@@ -72,9 +74,9 @@ class ReferenceRunner:
         experts, shard = self._experts, self._shard
         local = ids - shard.first_expert
         local = torch.where((ids >= 0) & (local >= 0) & (local < shard.num_local_experts), local, -1)
-        tokens = [pre_dispatch(x, local, weights)]
+        tokens = [pre_dispatch(x, local, weights, fp4=shard.fp4_dispatch)]
         hidden = expert_hidden(tokens, [experts], num_experts=experts.num_experts, swiglu_limit=shard.swiglu_limit)
-        (slots,) = expert_slots(tokens, hidden, [experts], num_experts=experts.num_experts)
+        (slots,) = expert_slots(tokens, hidden, [experts], num_experts=experts.num_experts, fp8_combine=shard.fp8_combine)
         slots = slots.float()
         dist.all_reduce(slots, group=group)
         return combine_slots(slots, ids)
