@@ -10,6 +10,7 @@ from hopper_moe.launch.model_facts import ModelFacts
 from hopper_moe.launch.sglang_args import LaunchPlan
 from hopper_moe.moe_backends.arguments import ARCHITECTURES, DEFAULT_CAPACITY
 from hopper_moe.moe_backends.env import Settings
+from hopper_moe.moe_backends.env_table import AUTO
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import Choice, LayerShape, choose, layer_refusals
 
@@ -33,6 +34,8 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
     except Refusal as refusal:
         return Report(None, (), (str(refusal),))
     shape, shape_refusals = _rank_shape(plan, facts, choice)
+    if settings.kernel == AUTO and machine.gpus:
+        choice = choose(settings, machine.capability, device_name=machine.gpus[0].name, layer=shape)
     if facts.architecture not in ARCHITECTURES:
         shape_refusals.append(
             f"{facts.architecture} is not served here, only {', '.join(ARCHITECTURES)}: use `sglang serve` for it."

@@ -158,6 +158,18 @@ class ModelFacts:
     swiglu_limit: float | None
 
 
+def layer_shape(args: Any, model: ModelFacts) -> LayerShape:
+    """One MoE layer as a rank sees it, from resolved arguments."""
+    return LayerShape(
+        hidden_size=model.hidden_size,
+        intermediate_size=model.moe_intermediate_size // max(args.tp_size // args.ep_size, 1),
+        num_experts=model.num_experts + (args.ep_num_redundant_experts or 0),
+        top_k=model.top_k,
+        expert_dtype="fp4",
+        ep_size=args.ep_size,
+    )
+
+
 def late(args: Any, spec: KernelSpec, settings: Settings, model: ModelFacts, attn_dp_size: int) -> ServingPlan:
     """Refusals that need the model and the resolved arguments; returns the plan for the workers."""
     if model.architecture not in ARCHITECTURES:
@@ -180,15 +192,7 @@ def late(args: Any, spec: KernelSpec, settings: Settings, model: ModelFacts, att
             f"moe_intermediate_size {model.moe_intermediate_size} does not divide into {moe_tp} tensor-parallel slices: use "
             f"--ep-size {args.tp_size}."
         )
-    shape = LayerShape(
-        hidden_size=model.hidden_size,
-        intermediate_size=model.moe_intermediate_size // moe_tp,
-        num_experts=model.num_experts + (args.ep_num_redundant_experts or 0),
-        top_k=model.top_k,
-        expert_dtype="fp4",
-        ep_size=args.ep_size,
-    )
-    for sentence in layer_refusals(spec, shape):
+    for sentence in layer_refusals(spec, layer_shape(args, model)):
         raise Refusal(sentence)
     if uncapturable := _uncapturable(spec, settings):
         _require_no_graphs(args, uncapturable)

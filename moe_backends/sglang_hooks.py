@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hopper_moe.moe_backends import arguments, compat, seams
-from hopper_moe.moe_backends.arguments import BACKEND, ServingPlan
+from hopper_moe.moe_backends.arguments import BACKEND, ModelFacts, ServingPlan
 from hopper_moe.moe_backends.env import settings
-from hopper_moe.moe_backends.env_table import MAX_CAPACITY
+from hopper_moe.moe_backends.env_table import AUTO, MAX_CAPACITY
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import REGISTRY, KernelSpec, choose
 
@@ -49,6 +49,23 @@ def chosen_kernel() -> KernelSpec:
     return choose(settings(), compat.capability()).spec
 
 
+def kernel_for(args: Any, model: ModelFacts) -> KernelSpec:
+    """`chosen_kernel`, or what the measured table prefers to it for this layer where the choice is left to us."""
+    early = chosen_kernel()
+    if settings().kernel != AUTO:
+        return early
+    choice = choose(
+        settings(),
+        compat.capability(),
+        device_name=compat.device_name(),
+        layer=arguments.layer_shape(args, model),
+        prefill_only=args.disaggregation_mode == "prefill",
+    )
+    # What was declared before the model was known depends on these two.
+    declared_alike = (choice.spec.multi_rank, choice.spec.capturable) == (early.multi_rank, early.capturable)
+    return choice.spec if declared_alike else early
+
+
 # ---- resolving the command line
 
 
@@ -70,7 +87,8 @@ def before_resolution(server_args: Any) -> bool:
 def after_resolution(server_args: Any) -> None:
     """Refuse what needs the model and the resolved arguments; leave the plan for the workers."""
     args = compat.view(server_args)
-    plan = arguments.late(args, chosen_kernel(), settings(), compat.model_facts(server_args), compat.attn_dp_size(args))
+    model = compat.model_facts(server_args)
+    plan = arguments.late(args, kernel_for(args, model), settings(), model, compat.attn_dp_size(args))
     plan.publish(os.environ)
     if plan.exchange == "megamoe":
         # SGLang compares batches with its own variable and, above it, leaves the fused path without a word.
