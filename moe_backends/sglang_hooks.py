@@ -58,7 +58,7 @@ def kernel_for(args: Any, model: ModelFacts) -> KernelSpec:
         settings(),
         compat.capability(),
         device_name=compat.device_name(),
-        layer=arguments.layer_shape(args, model),
+        layer=arguments.layer_shape(args, model, settings()),
         prefill_only=args.disaggregation_mode == "prefill",
     )
     # What was declared before the model was known depends on these two.
@@ -138,12 +138,17 @@ def expert_quant_method(original: Callable[..., Any], config: Any, layer: Any, p
         return original(config, layer, prefix)
     if is_layer_skipped(prefix, config.ignored_layers, fused_mapping=config.packed_modules_mapping):
         return original(config, layer, prefix)
-    if not config.is_fp4_experts or config.dequant_fp4_to_fp8:
-        raise Refusal(f"{prefix}: these experts are FP8, which no kernel of this release serves: use --moe-runner-backend auto.")
+    kernel = REGISTRY[plan.kernel]
+    if not config.is_fp4_experts and (kernel.expert_dtype != "fp8" or config.weight_block_size != [128, 128]):
+        raise Refusal(
+            f"{prefix}: these experts are FP8 with blocks {config.weight_block_size}, but {kernel.name} serves "
+            f"{kernel.expert_dtype}{' with blocks [128, 128]' if kernel.expert_dtype == 'fp8' else ''}: use "
+            "--moe-runner-backend auto."
+        )
     take_over(plan.exchange)
-    from hopper_moe.quantization.sglang_method import HopperMxfp4MoEMethod
+    from hopper_moe.quantization.sglang_method import HopperMoEMethod
 
-    return HopperMxfp4MoEMethod(Fp8MoEMethod(config), prefix, REGISTRY[plan.kernel], plan)
+    return HopperMoEMethod(Fp8MoEMethod(config), prefix, kernel, plan)
 
 
 @functools.cache

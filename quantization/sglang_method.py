@@ -1,4 +1,4 @@
-"""SGLang's quant method for FP4 experts: parameters in the checkpoint's types, packed once after loading; one kernel call."""
+"""SGLang's quant method for routed experts: parameters in the checkpoint's types, packed once after loading; one kernel call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hopper_moe")
 
 
-class HopperMxfp4MoEMethod(FusedMoEMethodBase):
+class HopperMoEMethod(FusedMoEMethodBase):
     """One object per layer.
 
     Args:
@@ -56,8 +56,8 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """w13_weight int8 [E, 2I, H/2], w2_weight int8 [E, H, I/2] and their `_scale_inv` float8_e8m0fnu [.., ../32], E and I of
-        this rank."""
+        """The checkpoint's tensors, E and I of this rank. FP4: w13_weight int8 [E, 2I, H/2], w2_weight int8 [E, H, I/2] and their
+        `_scale_inv` float8_e8m0fnu [.., ../32]. FP8: float8_e4m3fn [E, 2I, H], [E, H, I] and float32 per 128 x 128."""
         layout.check_dims(hidden_size, intermediate_size_per_partition)
         if layer.num_fused_shared_experts:
             raise Refusal(f"{self._prefix}: shared experts are fused into the routed ones: drop --enforce-shared-experts-fusion.")
@@ -141,8 +141,10 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
     def _store(self, layer: torch.nn.Module) -> tuple[Any, Any]:
         """(runner, experts): in the kernel's format, or as the checkpoint has them where that would round."""
         runner = create_runner(self._kernel.name)
+        if runner.experts_type.holds_every_row:
+            return runner, pack_layer(layer, runner.experts_type)
         report = check_exact(layer.w13_weight_scale_inv.data, layer.w2_weight_scale_inv.data)
-        if report.is_exact or runner.experts_type.holds_every_row:
+        if report.is_exact:
             return runner, pack_layer(layer, runner.experts_type)
         rule = settings().inexact_rows
         if self._kernel.name != "reference" and rule == "refuse":
