@@ -30,6 +30,7 @@ from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.errors import Refusal
 
 ROUNDS = 2
+OWN_FACTS = ("kv_tokens", "workspace_gib", "packed_gib")  # of a log, whatever else runs on the GPU
 PREFILL = Load(concurrency=1, num_prompts=6, input_len=8192, output_len=1)
 
 
@@ -75,8 +76,11 @@ def gpu_gib(server: Server) -> float | None:
     return sum(mine) / 2**30 if mine else None
 
 
-def describe(server: Server) -> dict[str, Any]:
-    return {"command": server.command, "seconds_to_ready": server.seconds_to_ready, "gpu_gib": gpu_gib(server), **server.facts()}
+def describe(server: Server, together: bool) -> dict[str, Any]:
+    """What a server takes. SGLang reads its figures off the free memory of the GPU: with servers that start together they are
+    left out, and only what the driver counts for the processes is kept."""
+    facts = {name: value for name, value in server.facts().items() if not together or name in OWN_FACTS}
+    return {"command": server.command, "seconds_to_ready": server.seconds_to_ready, "gpu_gib": gpu_gib(server), **facts}
 
 
 @click.command(help=__doc__)
@@ -109,7 +113,8 @@ def main(
     planned = loads([int(c) for c in concurrency.split(",")], input_len, output_len)
     with ExitStack() as stack:
         servers, problems = start_all(stack, model, backends.split(","), out, stagger, sglang_arguments)
-        (out / "servers.json").write_text(json.dumps({b: describe(s) for b, s in servers.items()}, indent=1) + "\n")
+        described = {backend: describe(server, together=stagger is not None) for backend, server in servers.items()}
+        (out / "servers.json").write_text(json.dumps(described, indent=1) + "\n")
         problems += measure_all(servers, model, planned, rounds, seconds, out)
         if then:
             urls = {f"URL_{backend.upper()}": server.url for backend, server in servers.items()}
