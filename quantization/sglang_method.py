@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from hopper_moe.kernels.reference_weights import Mxfp4Experts
+from hopper_moe.kernels.reference_weights import Fp8BlockExperts, Mxfp4Experts
 from hopper_moe.moe_backends import compat, self_check
 from hopper_moe.moe_backends.base import ExpertShard
 from hopper_moe.moe_backends.env import settings
@@ -131,7 +131,8 @@ class HopperMoEMethod(FusedMoEMethodBase):
         """What this layer must give, from the tensors as they were loaded; None: a layer of its kind was checked before."""
         if not settings().self_check or not self_check.is_first(self._kernel.name, self._shard):
             return None
-        checkpoint = Mxfp4Experts(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
+        stored = Fp8BlockExperts if self._kernel.expert_dtype == "fp8" else Mxfp4Experts
+        checkpoint = stored(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
         return self_check.expect(self._kernel.name, checkpoint, self._shard, layer.w13_weight.device, self._group(layer))
 
     def _group(self, layer: torch.nn.Module) -> Any:
