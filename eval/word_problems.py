@@ -44,15 +44,24 @@ def _ask(name: str, things: str) -> str:
     return f"How many {things} does {name} have now?"
 
 
-def _add(r: random.Random, largest: int) -> WordProblem:
-    name, things, a, b = r.choice(NAMES), r.choice(THINGS), r.randint(1, largest), r.randint(1, largest)
+def _number(r: random.Random, largest: int, by_digits: bool) -> int:
+    """1..largest, uniform; `by_digits`: every number of digits equally likely (`largest` is then all nines)."""
+    if not by_digits:
+        return r.randint(1, largest)
+    digits = r.randint(1, len(str(largest)))
+    return r.randint(10 ** (digits - 1), 10**digits - 1)
+
+
+def _add(r: random.Random, largest: int, by_digits: bool) -> WordProblem:
+    name, things = r.choice(NAMES), r.choice(THINGS)
+    a, b = (_number(r, largest, by_digits) for _ in range(2))
     story = r.choice(["{n} has {a} {t} and buys {b} more.", "{n} had {a} {t} and found {b} more."])
     return WordProblem(f"{story.format(n=name, a=a, b=b, t=things)} {_ask(name, things)}", f"{a}+{b}={a + b}.", a + b, "add")
 
 
-def _subtract(r: random.Random, largest: int) -> WordProblem:
+def _subtract(r: random.Random, largest: int, by_digits: bool) -> WordProblem:
     name, things = r.choice(NAMES), r.choice(THINGS)
-    b, a = sorted((r.randint(1, largest), r.randint(1, largest)))
+    b, a = sorted(_number(r, largest, by_digits) for _ in range(2))
     story = r.choice(["{n} has {a} {t} and loses {b}.", "{n} had {a} {t} and gave away {b}."])
     return WordProblem(f"{story.format(n=name, a=a, b=b, t=things)} {_ask(name, things)}", f"{a}-{b}={a - b}.", a - b, "subtract")
 
@@ -89,6 +98,7 @@ class Mix:
     largest_two_steps: int
     three_steps: float = 0.0
     largest_factor: int = 9
+    by_digits: bool = False  # how the numbers of one-step sums and differences are drawn, see `_number`
 
 
 # "easy" is for learning to calculate at all; the tiny model is scored on "standard", the GPU model on "hard". Products of two
@@ -96,7 +106,7 @@ class Mix:
 MIXES = {
     "easy": Mix(0.34, 0.34, 0.14, 20, 10),
     "standard": Mix(0.31, 0.31, 0.10, 50, 20),
-    "hard": Mix(0.22, 0.22, 0.12, 999, 99, three_steps=0.20, largest_factor=99),
+    "hard": Mix(0.20, 0.20, 0.25, 999, 99, three_steps=0.15, largest_factor=99, by_digits=True),
 }
 
 
@@ -104,9 +114,9 @@ def draw(r: random.Random, mix: str = "standard") -> WordProblem:
     """One problem of a mix, of either split."""
     m, x = MIXES[mix], r.random()
     if x < m.add:
-        return _add(r, m.largest)
+        return _add(r, m.largest, m.by_digits)
     if x < m.add + m.subtract:
-        return _subtract(r, m.largest)
+        return _subtract(r, m.largest, m.by_digits)
     if x < m.add + m.subtract + m.multiply:
         return _multiply(r, m.largest_factor)
     if x < m.add + m.subtract + m.multiply + m.three_steps:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hopper_moe")
 
 MAX_TUNED_TOKENS = 8192  # FlashInfer's own default: larger batches use the tile of this size
-ONE_BLOCK_TOKENS = 256  # up to here FlashInfer sorts the slots in one block, which keeps an expert that a token names twice
 
 
 def require_flashinfer() -> None:
@@ -128,14 +127,16 @@ class W4A16:
         """
         from flashinfer.fused_moe import cutlass_fused_moe
 
+        from hopper_moe.kernels.merge_slots import merge_repeated
+
         num_tokens = hidden_states.shape[0]
         if num_tokens > self.capacity:
             raise Refusal(f"{num_tokens} tokens are above the capacity {self.capacity}: raise HOPPER_MOE_MAX_TOKENS_PER_RANK.")
         y = torch.empty_like(hidden_states) if out is None else out
         if num_tokens == 0:
             return y
-        if num_tokens > ONE_BLOCK_TOKENS or self.num_local_experts < self.top_k:
-            topk_ids, topk_weights = merge_repeated(topk_ids, topk_weights)
+        # FlashInfer counts an expert once per token: a second slot's row would be whatever lies there.
+        topk_ids, topk_weights = merge_repeated(topk_ids, topk_weights)
         cutlass_fused_moe(
             input=hidden_states,
             token_selected_experts=topk_ids,
@@ -168,14 +169,3 @@ class W4A16:
         torch.cuda.synchronize(self.device)
         self._is_tuned = True
         logger.info("w4a16: FlashInfer measured its tiles in %.0f s", time.monotonic() - started)
-
-
-def merge_repeated(topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An expert that a token names more than once, once, with the sum of the weights; its other slots become -1.
-
-    FlashInfer's counting for large batches drops such a slot's row but still adds what it finds in its place.
-    """
-    same = topk_ids[:, :, None] == topk_ids[:, None, :]
-    first = ~same.tril(-1).any(-1)
-    weights = torch.where(same, topk_weights[:, None, :], 0.0).sum(-1)
-    return topk_ids.masked_fill(~first, -1), weights

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
+from hopper_moe.launch import cpu_host_attention
 from hopper_moe.launch.cpu_host_experts import attach_packed_experts, use_kernel
 from hopper_moe.launch.cpu_host_kernels import CPU_KERNELS, TRANSFORMERS
 from hopper_moe.launch.model_facts import read_model
@@ -48,6 +49,7 @@ def load(folder: str | Path, kernel: str):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     # transformers keeps norms in FP32 but dequantises to BF16 whatever dtype is asked for; mixed types fail in the first matmul.
     model = model.float().eval()
+    model.set_attn_implementation(cpu_host_attention.NAME)
     if kernel == TRANSFORMERS:
         model.set_experts_implementation("grouped_mm")
     else:

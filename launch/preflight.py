@@ -10,6 +10,7 @@ from hopper_moe.launch.model_facts import ModelFacts
 from hopper_moe.launch.sglang_args import LaunchPlan
 from hopper_moe.moe_backends.arguments import ARCHITECTURES, DEFAULT_CAPACITY
 from hopper_moe.moe_backends.env import Settings
+from hopper_moe.moe_backends.env_table import AUTO
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import Choice, LayerShape, choose, layer_refusals
 
@@ -33,7 +34,12 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
         choice = choose(settings, machine.capability)
     except Refusal as refusal:
         return Report(None, (), (str(refusal),))
-    shape, shape_refusals = _rank_shape(plan, facts, choice)
+    shape, shape_refusals = _rank_shape(plan, facts, choice, settings)
+    if settings.kernel == AUTO and machine.gpus:
+        try:
+            choice = choose(settings, machine.capability, device_name=machine.gpus[0].name, layer=shape)
+        except Refusal as refusal:
+            return Report(None, (), (*shape_refusals, str(refusal)), shape)
     if facts.architecture not in ARCHITECTURES:
         shape_refusals.append(
             f"{facts.architecture} is not served here, only {', '.join(ARCHITECTURES)}: use `sglang serve` for it."
@@ -93,7 +99,7 @@ def _exchanges(plan: LaunchPlan, choice: Choice) -> bool:
     return plan.moe_a2a_backend == "megamoe" or (choice.spec.multi_rank and plan.attn_dp_size > 1)
 
 
-def _rank_shape(plan: LaunchPlan, facts: ModelFacts, choice: Choice) -> tuple[LayerShape, list[str]]:
+def _rank_shape(plan: LaunchPlan, facts: ModelFacts, choice: Choice, settings: Settings) -> tuple[LayerShape, list[str]]:
     """What one rank holds. A kernel that exchanges tokens spreads experts over all ranks; otherwise --ep-size counts."""
     refusals = []
     exchanges = _exchanges(plan, choice)
@@ -114,6 +120,8 @@ def _rank_shape(plan: LaunchPlan, facts: ModelFacts, choice: Choice) -> tuple[La
         )
     # Without weights at hand (a Hugging Face id) the type is known only to SGLang's loader, which asks the kernel again.
     dtype = choice.spec.expert_dtype if facts.expert_dtype == "unknown" else facts.expert_dtype
+    if settings.expand_fp4 and dtype == "fp4":
+        dtype = "fp8"
     shape = LayerShape(facts.hidden_size, facts.intermediate_size // moe_tp, facts.num_experts, facts.top_k, dtype, ep_size)
     return shape, refusals
 

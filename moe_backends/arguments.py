@@ -158,6 +158,18 @@ class ModelFacts:
     swiglu_limit: float | None
 
 
+def layer_shape(args: Any, model: ModelFacts, settings: Settings) -> LayerShape:
+    """One MoE layer as a rank sees it, from resolved arguments; its experts as the kernel gets them."""
+    return LayerShape(
+        hidden_size=model.hidden_size,
+        intermediate_size=model.moe_intermediate_size // max(args.tp_size // args.ep_size, 1),
+        num_experts=model.num_experts + (args.ep_num_redundant_experts or 0),
+        top_k=model.top_k,
+        expert_dtype="fp4" if model.is_fp4_experts and not settings.expand_fp4 else "fp8",
+        ep_size=args.ep_size,
+    )
+
+
 def late(args: Any, spec: KernelSpec, settings: Settings, model: ModelFacts, attn_dp_size: int) -> ServingPlan:
     """Refusals that need the model and the resolved arguments; returns the plan for the workers."""
     if model.architecture not in ARCHITECTURES:
@@ -167,12 +179,6 @@ def late(args: Any, spec: KernelSpec, settings: Settings, model: ModelFacts, att
         )
     if model.has_nvfp4_experts:
         raise Refusal(f"the checkpoint's experts are NVFP4, {BACKEND} serves MXFP4 experts: use --moe-runner-backend auto.")
-    if not model.is_fp4_experts:
-        raise Refusal(
-            "the checkpoint's experts are FP8, and the FP8 kernel (fp8_mega) is not built in this release: use "
-            "--moe-runner-backend auto "
-            f"for this checkpoint, or {BACKEND} with the original FP4 one."
-        )
     if model.swiglu_limit is not None and not (math.isfinite(model.swiglu_limit) and model.swiglu_limit > 0):
         raise Refusal(f"swiglu_limit {model.swiglu_limit} in the model's config.json is no positive number: mend or remove it.")
     if model.moe_intermediate_size % (moe_tp := max(args.tp_size // args.ep_size, 1)):
@@ -180,15 +186,7 @@ def late(args: Any, spec: KernelSpec, settings: Settings, model: ModelFacts, att
             f"moe_intermediate_size {model.moe_intermediate_size} does not divide into {moe_tp} tensor-parallel slices: use "
             f"--ep-size {args.tp_size}."
         )
-    shape = LayerShape(
-        hidden_size=model.hidden_size,
-        intermediate_size=model.moe_intermediate_size // moe_tp,
-        num_experts=model.num_experts + (args.ep_num_redundant_experts or 0),
-        top_k=model.top_k,
-        expert_dtype="fp4",
-        ep_size=args.ep_size,
-    )
-    for sentence in layer_refusals(spec, shape):
+    for sentence in layer_refusals(spec, layer_shape(args, model, settings)):
         raise Refusal(sentence)
     if uncapturable := _uncapturable(spec, settings):
         _require_no_graphs(args, uncapturable)

@@ -49,7 +49,11 @@ class ExpertTensors(Protocol):
         """Uninitialised tensors for this many experts. Raises `Refusal` for sizes that the format does not have."""
 
     def store(self, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
-        """Convert one expert's checkpoint tensors (no expert dim, rows of w13 `[w1; w3]`) into slot `expert`."""
+        """Convert one expert's checkpoint tensors (no expert dim, rows of w13 `[w1; w3]`) into slot `expert`.
+
+        FP4 experts are bytes, FP8 ones float8_e4m3fn with float32 scales per 128 x 128; a format for FP8 takes both and expands
+        the former.
+        """
 
 
 class ExpertRunner(Protocol):

@@ -99,6 +99,13 @@ def capability() -> tuple[int, int] | None:
     return tuple(platform.device_capability) if platform.is_cuda else None
 
 
+def device_name() -> str | None:
+    """Name of the first CUDA device; None: no CUDA device."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 # ---- names
 
 

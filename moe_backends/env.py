@@ -19,6 +19,7 @@ from typing import Any
 
 from hopper_moe.moe_backends.env_table import (
     AUTO,
+    EXPAND_FP4,
     KERNELS,
     LEGACY_ALWAYS_ON,
     LEGACY_SWITCHES,
@@ -47,6 +48,8 @@ class Settings:
     self_check: bool
     timeout_s: int
     cache_dir: Path
+    expand_fp4: bool
+    """FP4 experts become FP8 when they are loaded (SGLANG_DSV4_FP4_DEQUANT=1): the same values in twice the bytes."""
     allowed_kernels: tuple[str, ...]
     """Kernels that `kernel` and the older switches together leave open, best first; `auto` chooses among these."""
     sources: Mapping[str, str]
@@ -65,7 +68,8 @@ def load(environ: Mapping[str, str]) -> Settings:
     allowed = _allowed_kernels(values["kernel"], environ, translations)
     if values["kernel"] == AUTO and len(allowed) < len(KERNELS):
         sources["kernel"] += f", narrowed to {', '.join(allowed)} by " + ", ".join(_set_switches(environ))
-    return Settings(**values, allowed_kernels=allowed, sources=sources, translations=tuple(translations))
+    expand_fp4 = parse_bool(EXPAND_FP4, environ.get(EXPAND_FP4, "0"))
+    return Settings(**values, expand_fp4=expand_fp4, allowed_kernels=allowed, sources=sources, translations=tuple(translations))
 
 
 @functools.cache

@@ -159,6 +159,8 @@ class LegacySwitch:
     meaning: str
 
 
+EXPAND_FP4 = "SGLANG_DSV4_FP4_DEQUANT"
+
 # The reference computes the same function as the FP4 kernels, so it fits wherever they do; it does not serve FP8 experts.
 LEGACY_SWITCHES: tuple[LegacySwitch, ...] = (
     LegacySwitch(
@@ -174,7 +176,7 @@ LEGACY_SWITCHES: tuple[LegacySwitch, ...] = (
         "1: the checkpoint's experts are FP4; 0: they are FP8",
     ),
     LegacySwitch(
-        "SGLANG_DSV4_FP4_DEQUANT",
+        EXPAND_FP4,
         ("fp8_mega",),
         KERNELS,
         "1: FP4 experts are turned into FP8 at load; 0: they stay FP4",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hopper_moe.kernels.tile_table import sku_of
 from hopper_moe.moe_backends.auto_table import DECODE, PREFILL, MeasuredLayer, fastest
 from hopper_moe.moe_backends.env import Settings
-from hopper_moe.moe_backends.env_table import AUTO, KERNELS
+from hopper_moe.moe_backends.env_table import AUTO, EXPAND_FP4, KERNELS
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.layout import DIM_MULTIPLE, MAX_TOP_K
 
@@ -142,7 +142,11 @@ def _choose_automatically(
             f"{_passed_over(problems)}; {_advice(settings, capability)}"
         )
     if layer is not None:
-        able = [name for name in able if not layer_refusals(REGISTRY[name], layer)] or able[:1]  # then the caller refuses
+        refused = {name: layer_refusals(REGISTRY[name], layer) for name in able}
+        able = [name for name in able if not refused[name]]
+        if not able:
+            problems |= {name: sentences[0].removesuffix(".") for name, sentences in refused.items()}
+            raise Refusal(f"HOPPER_MOE_KERNEL=auto: no kernel here serves this layer, {_passed_over(problems)}.")
     timed = [name for name in able if REGISTRY[name].capturable]  # the reference is never in a race
     if layer is not None and device_name is not None and len(timed) > 1:
         measured = MeasuredLayer(
@@ -193,9 +197,14 @@ def layer_refusals(spec: KernelSpec, layer: LayerShape) -> list[str]:
             f"top_k {layer.top_k} is outside 1..{most}, the most that {spec.name} routes here: choose another checkpoint."
         )
     if layer.expert_dtype != spec.expert_dtype:
+        expand = (
+            f" (or set {EXPAND_FP4}=1 to expand them at load)"
+            if (layer.expert_dtype, spec.expert_dtype) == ("fp4", "fp8")
+            else ""
+        )
         found.append(
             f"the checkpoint's experts are {layer.expert_dtype}, but {spec.name} serves {spec.expert_dtype}: "
-            "choose another kernel or checkpoint."
+            f"choose another kernel or checkpoint{expand}."
         )
     return found
 

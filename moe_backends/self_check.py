@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from hopper_moe.kernels import reference
-from hopper_moe.kernels.reference_weights import Mxfp4Experts
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.runners.reference import ReferenceRunner
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from hopper_moe.kernels.reference_weights import ExpertSource
     from hopper_moe.moe_backends.base import ExpertRunner, ExpertShard
 
 NUM_TOKENS = 6
 FUSED_LIMIT = 3e-2
 """Largest relative L2 of a token between a kernel and the very function it implements. 3-8e-3 was measured for the fused kernel
 (sums in another order move values over E4M3 rounding edges); a wrong factor, id, row or matrix makes 0.25 or more."""
-ROUNDED_LIMIT = 0.15
-"""The same against the layer without any rounding of activations, for kernels with other roundings than the contract's: E4M3
-activations make about 0.05."""
+ROUNDED_LIMIT, ROUNDED_TOKEN_LIMIT = 0.15, 0.5
+"""The same for kernels with other roundings than what they are compared with: for the median token and for any. E4M3 activations
+make about 0.05, but 0.2 for the large token, whose gates jump; a wrong factor makes 0.33 everywhere, a lost token 1."""
 
 
 @functools.cache
@@ -53,7 +53,8 @@ class Sample:
     topk_ids: torch.Tensor  # int32 [NUM_TOKENS, top_k], global
     topk_weights: torch.Tensor  # float32 [NUM_TOKENS, top_k]
     expected: torch.Tensor  # [NUM_TOKENS, hidden_size]
-    limit: float
+    limit: float  # of the median token's relative L2
+    token_limit: float  # of any token's
     seed: int
     seconds: float  # that the expectation took
 
@@ -79,7 +80,7 @@ def draw(shard: ExpertShard, device: torch.device, seed: int) -> tuple[torch.Ten
 
 
 def expect(
-    kernel: str, checkpoint: Mxfp4Experts, shard: ExpertShard, device: torch.device, group: dist.ProcessGroup | None = None
+    kernel: str, checkpoint: ExpertSource, shard: ExpertShard, device: torch.device, group: dist.ProcessGroup | None = None
 ) -> Sample:
     """Draw tokens and compute what `kernel` must give for them, from the checkpoint's own tensors.
 
@@ -87,13 +88,15 @@ def expect(
     """
     started, seed = time.monotonic(), time.time_ns() % (1 << 31)
     tokens = draw(shard, device, seed)
-    if kernel in ("mxfp4_mega", "reference"):
-        expected, limit = _call(_reference_runner(checkpoint, shard), tokens, group), FUSED_LIMIT
+    rounds_by_contract = kernel in ("mxfp4_mega", "fp8_mega", "reference")
+    if rounds_by_contract or group is not None:
+        expected = _call(_reference_runner(checkpoint, shard), tokens, group)
     else:
-        exact = reference.w4a16 if kernel == "w4a16" else reference.exact
-        expected = exact(*tokens, checkpoint, swiglu_limit=shard.swiglu_limit, first_expert=shard.first_expert)
-        limit = FUSED_LIMIT if kernel == "w4a16" else ROUNDED_LIMIT
-    return Sample(*tokens, expected, limit, seed, time.monotonic() - started)
+        layer = reference.w4a16 if kernel == "w4a16" else reference.exact
+        expected = layer(*tokens, checkpoint, swiglu_limit=shard.swiglu_limit, first_expert=shard.first_expert)
+    same = rounds_by_contract or (kernel == "w4a16" and group is None)
+    limits = (FUSED_LIMIT, FUSED_LIMIT) if same else (ROUNDED_LIMIT, ROUNDED_TOKEN_LIMIT)
+    return Sample(*tokens, expected, *limits, seed, time.monotonic() - started)
 
 
 def require_agreement(
@@ -108,17 +111,18 @@ def require_agreement(
         raise Refusal(f"{prefix}: {kernel} returned {list(got.shape)} for {list(sample.expected.shape)}: do not serve with it.")
     difference, size = (got.double() - sample.expected.double()).norm(dim=1), sample.expected.double().norm(dim=1)
     relative = torch.where((size == 0) & (difference == 0), 0.0, difference / size)  # no expert here: exact zeros are wanted
-    error = float(relative.max())
-    if not error <= sample.limit:  # NaN is no agreement either
+    error, median = float(relative.max()), float(relative.median())
+    if not (error <= sample.token_limit and median <= sample.limit):  # NaN is no agreement either
         raise Refusal(
-            f"{prefix}: {kernel} differs from the reference by {error:.2g} on {NUM_TOKENS} tokens of seed {sample.seed}, and at "
-            f"most {sample.limit:.2g} (relative L2 of a token) is rounding: this machine computes something else, so use "
-            "HOPPER_MOE_KERNEL=reference and report it, or serve regardless with HOPPER_MOE_SELF_CHECK=0."
+            f"{prefix}: {kernel} differs from the reference by {error:.2g} (median {median:.2g}) on {NUM_TOKENS} tokens of seed "
+            f"{sample.seed}, and up to {sample.token_limit:.2g} ({sample.limit:.2g}) is rounding (relative L2 of a token): this "
+            "machine computes something else, so use HOPPER_MOE_KERNEL=reference and report it, or serve regardless with "
+            "HOPPER_MOE_SELF_CHECK=0."
         )
     return error
 
 
-def _reference_runner(checkpoint: Mxfp4Experts, shard: ExpertShard) -> ReferenceRunner:
+def _reference_runner(checkpoint: ExpertSource, shard: ExpertShard) -> ReferenceRunner:
     runner = ReferenceRunner()
     runner.prepare(checkpoint, shard)
     return runner

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hopper_moe.moe_backends import arguments, compat, seams
-from hopper_moe.moe_backends.arguments import BACKEND, ServingPlan
+from hopper_moe.moe_backends.arguments import BACKEND, ModelFacts, ServingPlan
 from hopper_moe.moe_backends.env import settings
-from hopper_moe.moe_backends.env_table import MAX_CAPACITY
+from hopper_moe.moe_backends.env_table import AUTO, MAX_CAPACITY
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import REGISTRY, KernelSpec, choose
 
@@ -49,6 +49,23 @@ def chosen_kernel() -> KernelSpec:
     return choose(settings(), compat.capability()).spec
 
 
+def kernel_for(args: Any, model: ModelFacts) -> KernelSpec:
+    """`chosen_kernel`, or what the measured table prefers to it for this layer where the choice is left to us."""
+    early = chosen_kernel()
+    if settings().kernel != AUTO:
+        return early
+    choice = choose(
+        settings(),
+        compat.capability(),
+        device_name=compat.device_name(),
+        layer=arguments.layer_shape(args, model, settings()),
+        prefill_only=args.disaggregation_mode == "prefill",
+    )
+    # What was declared before the model was known depends on these two.
+    declared_alike = (choice.spec.multi_rank, choice.spec.capturable) == (early.multi_rank, early.capturable)
+    return choice.spec if declared_alike else early
+
+
 # ---- resolving the command line
 
 
@@ -70,7 +87,8 @@ def before_resolution(server_args: Any) -> bool:
 def after_resolution(server_args: Any) -> None:
     """Refuse what needs the model and the resolved arguments; leave the plan for the workers."""
     args = compat.view(server_args)
-    plan = arguments.late(args, chosen_kernel(), settings(), compat.model_facts(server_args), compat.attn_dp_size(args))
+    model = compat.model_facts(server_args)
+    plan = arguments.late(args, kernel_for(args, model), settings(), model, compat.attn_dp_size(args))
     plan.publish(os.environ)
     if plan.exchange == "megamoe":
         # SGLang compares batches with its own variable and, above it, leaves the fused path without a word.
@@ -120,12 +138,17 @@ def expert_quant_method(original: Callable[..., Any], config: Any, layer: Any, p
         return original(config, layer, prefix)
     if is_layer_skipped(prefix, config.ignored_layers, fused_mapping=config.packed_modules_mapping):
         return original(config, layer, prefix)
-    if not config.is_fp4_experts or config.dequant_fp4_to_fp8:
-        raise Refusal(f"{prefix}: these experts are FP8, which no kernel of this release serves: use --moe-runner-backend auto.")
+    kernel = REGISTRY[plan.kernel]
+    if not config.is_fp4_experts and (kernel.expert_dtype != "fp8" or config.weight_block_size != [128, 128]):
+        raise Refusal(
+            f"{prefix}: these experts are FP8 with blocks {config.weight_block_size}, but {kernel.name} serves "
+            f"{kernel.expert_dtype}{' with blocks [128, 128]' if kernel.expert_dtype == 'fp8' else ''}: use "
+            "--moe-runner-backend auto."
+        )
     take_over(plan.exchange)
-    from hopper_moe.quantization.sglang_method import HopperMxfp4MoEMethod
+    from hopper_moe.quantization.sglang_method import HopperMoEMethod
 
-    return HopperMxfp4MoEMethod(Fp8MoEMethod(config), prefix, REGISTRY[plan.kernel], plan)
+    return HopperMoEMethod(Fp8MoEMethod(config), prefix, kernel, plan)
 
 
 @functools.cache

@@ -32,11 +32,14 @@ class CheckpointShape:
 
     hidden_size: int
     intermediate_size: int
+    is_fp4: bool
 
     def of(self, shard: str, is_scale: bool) -> tuple[int, int]:
-        """Shape of one stored tensor: two E2M1 values a byte, one scale byte per 32 values."""
+        """Shape of one stored tensor. FP4: two E2M1 values a byte, a scale per 32 values. FP8: a scale per 128 x 128 values."""
         rows, values = (self.hidden_size, self.intermediate_size) if shard == "w2" else (self.intermediate_size, self.hidden_size)
-        return rows, values // (layout.MXFP4_GROUP if is_scale else 2)
+        if self.is_fp4:
+            return rows, values // (layout.MXFP4_GROUP if is_scale else 2)
+        return (-(-rows // layout.FP8_BLOCK), -(-values // layout.FP8_BLOCK)) if is_scale else (rows, values)
 
 
 class LoadLedger:
@@ -50,7 +53,9 @@ class LoadLedger:
 
     def __init__(self, layer: torch.nn.Module, prefix: str, first_expert: int) -> None:
         self._layer, self._prefix, self._first = layer, prefix, first_expert
-        self._shape = CheckpointShape(layer.hidden_size, layer.intermediate_size_per_partition * layer.moe_tp_size)
+        self._shape = CheckpointShape(
+            layer.hidden_size, layer.intermediate_size_per_partition * layer.moe_tp_size, layer.w13_weight.dtype is torch.int8
+        )
         self._loaded: set[tuple[str, str, int]] = set()
         self._lock = threading.Lock()  # SGLang loads from a thread pool
         self._store = layer._weight_loader_impl
@@ -66,8 +71,7 @@ class LoadLedger:
         parameter = next((name for name in CHECKPOINT_PARAMETERS if getattr(self._layer, name) is param), None)
         if parameter is None or shard_id not in _SHARDS[parameter]:
             raise Refusal(
-                f"{self._prefix}: {weight_name} ({shard_id}) belongs to no FP4 expert tensor: this checkpoint is not "
-                "DeepSeek-V4's."
+                f"{self._prefix}: {weight_name} ({shard_id}) belongs to no expert tensor: this checkpoint is not DeepSeek-V4's."
             )
         name = self._name(parameter, shard_id, expert_id)
         is_scale = parameter in SCALES
@@ -76,7 +80,10 @@ class LoadLedger:
             raise Refusal(
                 f"{name} has shape {list(loaded_weight.shape)}, not {list(wanted)}: the checkpoint does not fit its config.json."
             )
-        data = _scale_bytes(name, loaded_weight) if is_scale else _weight_bytes(name, loaded_weight)
+        if self._shape.is_fp4:
+            data = _scale_bytes(name, loaded_weight) if is_scale else _weight_bytes(name, loaded_weight)
+        else:
+            data = _fp8_scales(name, loaded_weight) if is_scale else _fp8_weights(name, loaded_weight)
         with self._lock:
             if (parameter, shard_id, expert_id) in self._loaded:
                 raise Refusal(f"{name} is in the checkpoint twice: remove one of the two files that hold it.")
@@ -138,6 +145,24 @@ def _scale_bytes(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return data.view(torch.float8_e8m0fnu)
 
 
+def _fp8_weights(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype is not torch.float8_e4m3fn:
+        raise Refusal(f"{name} is {tensor.dtype}, not float8_e4m3fn: serve this checkpoint with --moe-runner-backend auto.")
+    return tensor
+
+
+def _fp8_scales(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Block scales as float32 numbers; UE8M0 is widened exactly, bytes without a type are refused."""
+    if tensor.dtype not in (torch.float32, torch.float8_e8m0fnu):
+        raise Refusal(
+            f"{name} is {tensor.dtype}, not float32 or UE8M0 block scales: the checkpoint is damaged or of another format."
+        )
+    scales = tensor.float()
+    if not bool(scales.isfinite().all()):
+        raise Refusal(f"{name} holds {scales[~scales.isfinite()][0].item()}: the checkpoint is damaged, fetch it again.")
+    return scales
+
+
 # ---- packing
 
 
@@ -148,7 +173,7 @@ def pack_layer(layer: torch.nn.Module, experts_type: type[ExpertTensors] = Packe
     Exactness is the caller's to check. At the peak the layer exists twice, no other layer does.
     """
     w13, w13_scale, w2, w2_scale = (getattr(layer, name).data for name in CHECKPOINT_PARAMETERS)
-    packed = experts_type.empty(layer.num_local_experts, w2.shape[1], w2.shape[2] * 2, w13.device)
+    packed = experts_type.empty(layer.num_local_experts, w2.shape[1], w13.shape[1] // 2, w13.device)
     for expert in range(layer.num_local_experts):
         packed.store(expert, w13[expert], w13_scale[expert], w2[expert], w2_scale[expert])
     for field in fields(experts_type):

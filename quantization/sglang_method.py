@@ -1,4 +1,4 @@
-"""SGLang's quant method for FP4 experts: parameters in the checkpoint's types, packed once after loading; one kernel call."""
+"""SGLang's quant method for routed experts: parameters in the checkpoint's types, packed once after loading; one kernel call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from hopper_moe.kernels.reference_weights import Mxfp4Experts
+from hopper_moe.kernels.reference_weights import Fp8BlockExperts, Mxfp4Experts
 from hopper_moe.moe_backends import compat, self_check
 from hopper_moe.moe_backends.base import ExpertShard
 from hopper_moe.moe_backends.env import settings
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hopper_moe")
 
 
-class HopperMxfp4MoEMethod(FusedMoEMethodBase):
+class HopperMoEMethod(FusedMoEMethodBase):
     """One object per layer.
 
     Args:
@@ -56,8 +56,8 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """w13_weight int8 [E, 2I, H/2], w2_weight int8 [E, H, I/2] and their `_scale_inv` float8_e8m0fnu [.., ../32], E and I of
-        this rank."""
+        """The checkpoint's tensors, E and I of this rank. FP4: w13_weight int8 [E, 2I, H/2], w2_weight int8 [E, H, I/2] and their
+        `_scale_inv` float8_e8m0fnu [.., ../32]. FP8: float8_e4m3fn [E, 2I, H], [E, H, I] and float32 per 128 x 128."""
         layout.check_dims(hidden_size, intermediate_size_per_partition)
         if layer.num_fused_shared_experts:
             raise Refusal(f"{self._prefix}: shared experts are fused into the routed ones: drop --enforce-shared-experts-fusion.")
@@ -136,7 +136,8 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
         """What this layer must give, from the tensors as they were loaded; None: a layer of its kind was checked before."""
         if not settings().self_check or not self_check.is_first(self._kernel.name, self._shard):
             return None
-        checkpoint = Mxfp4Experts(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
+        stored = Fp8BlockExperts if self._kernel.expert_dtype == "fp8" else Mxfp4Experts
+        checkpoint = stored(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
         return self_check.expect(self._kernel.name, checkpoint, self._shard, layer.w13_weight.device, self._group(layer))
 
     def _group(self, layer: torch.nn.Module) -> Any:
@@ -146,8 +147,10 @@ class HopperMxfp4MoEMethod(FusedMoEMethodBase):
     def _store(self, layer: torch.nn.Module) -> tuple[Any, Any]:
         """(runner, experts): in the kernel's format, or as the checkpoint has them where that would round."""
         runner = create_runner(self._kernel.name)
+        if runner.experts_type.holds_every_row:
+            return runner, pack_layer(layer, runner.experts_type)
         report = check_exact(layer.w13_weight_scale_inv.data, layer.w2_weight_scale_inv.data)
-        if report.is_exact or runner.experts_type.holds_every_row:
+        if report.is_exact:
             return runner, pack_layer(layer, runner.experts_type)
         rule = settings().inexact_rows
         if self._kernel.name != "reference" and rule == "refuse":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from click.testing import CliRunner
 from layer_compare import relative_l2
 from layer_data import make_layer
 from test_benchmark_report import made_up_row
@@ -11,6 +12,7 @@ from test_benchmark_report import made_up_row
 from hopper_moe.kernels import reference
 from hopper_moe.kernels.benchmarks import backends, contenders, report
 from hopper_moe.kernels.benchmarks.accuracy import expanded
+from hopper_moe.kernels.benchmarks.cli import main as bench
 from hopper_moe.kernels.peers import PEERS, create_peer
 from hopper_moe.kernels.reference_weights import Mxfp4Experts
 from hopper_moe.moe_backends import auto_table
@@ -109,3 +111,22 @@ def test_blocks_that_fp8_cannot_hold_are_refused():
     scale[5, 1] = 127 - 15
     with pytest.raises(Refusal, match="32 weights are too far below the largest of their 128 x 128 block"):
         expand_mxfp4(weight, scale)
+
+
+def test_the_accuracy_table_on_a_cpu():
+    run = CliRunner().invoke(bench, ["accuracy", "--shape", "small", "--tokens", "4"], catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    found = {line[:28].strip(): [float(cell) for cell in line[28:].split()] for line in run.output.splitlines()[2:]}
+    for name, (low, high) in {
+        "definition of w4a16": (1e-3, 5e-3),
+        "definition of mxfp4_mega": (3e-2, 6e-2),
+        "definition of fp8_mega": (3e-2, 6e-2),
+    }.items():
+        relative, distance, worst = found[name]
+        assert low < relative < high and distance < relative**2 and relative <= worst < 2 * relative
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run here")
+def test_commands_refuse_in_one_sentence():
+    run = CliRunner().invoke(bench, ["backends", "--tokens", "1", "2", "--kernels", "w4a16", "marlin"])
+    assert run.exit_code == 2 and "this machine has no CUDA GPU" in run.output

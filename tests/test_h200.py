@@ -207,7 +207,8 @@ CONFIG = {
     "o_lora_rank": 64, "q_lora_rank": 64, "index_head_dim": 32, "index_n_heads": 4, "index_topk": 8, "hc_mult": 2,
     "compress_ratios": [0, 4, 128], "num_nextn_predict_layers": 1, "quantization_config": QUANTIZATION_CONFIG,
     "rope_scaling": {"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096},
-    "rope_theta": 10000, "compress_rope_theta": 160000, "max_position_embeddings": 65536, "swiglu_limit": 10.0, "routed_scaling_factor": 1.5,
+    "rope_theta": 10000, "compress_rope_theta": 160000, "max_position_embeddings": 65536, "swiglu_limit": 10.0,
+    "routed_scaling_factor": 1.5,
 }  # fmt: skip
 
 

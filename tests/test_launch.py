@@ -65,9 +65,17 @@ def test_flash_experts_take_the_bytes_of_the_format():
 def test_preflight_on_eight_h200():
     report = _report(["--tp-size", "8", "--ep-size", "8"])
     assert report.refusals == () and report.choice.spec.name == "mxfp4_mega"
-    assert "kernel   mxfp4_mega: the best that runs on compute capability 9.0" in report.lines
+    (kernel,) = (line for line in report.lines if line.startswith("kernel"))
+    assert "mxfp4_mega: the fastest at 8 of 8 batch sizes of 1 to 128 tokens" in kernel and "before w4a16" in kernel
     assert f"memory   {43 * 32 * 13377536 / GIB:.2f} GiB of packed expert weights per rank" in report.lines
     assert "ranks    tensor parallel 8, expert parallel 8" in report.lines
+
+
+def test_a_layer_that_the_fused_kernel_cannot_hold_goes_to_the_next_one_unless_it_was_named():
+    many = replace(FLASH, num_experts=512)
+    assert _report(["--tp-size", "8", "--ep-size", "8"], facts=many).choice.spec.name == "w4a16"
+    named = _report(["--tp-size", "8", "--ep-size", "8"], {"HOPPER_MOE_KERNEL": "mxfp4_mega"}, facts=many)
+    assert any("512 experts are above the 400 that mxfp4_mega routes" in sentence for sentence in named.refusals)
 
 
 def test_tensor_parallel_slices_are_checked_as_slices():

@@ -10,10 +10,11 @@ import torch
 from layer_data import make_layer
 
 from hopper_moe.kernels import reference
-from hopper_moe.kernels.reference_weights import Mxfp4Experts
+from hopper_moe.kernels.reference_weights import Fp8BlockExperts, Mxfp4Experts
 from hopper_moe.moe_backends import self_check
 from hopper_moe.moe_backends.base import ExpertShard
 from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.codecs import power_of_two, quantize_fp8_blocks
 from hopper_moe.quantization.packing import pack_experts
 
 SIZES = {"num_experts": 8, "hidden_size": 640, "intermediate_size": 384}
@@ -110,7 +111,25 @@ def test_a_wrong_conversion_is_refused(setup):
         packed.w2_base[1] -= 1
 
 
-@pytest.mark.parametrize("kernel", ["w4a16", "fp8_mega"])
+def test_fp8_experts_are_checked_too(setup):
+    """Block-scaled FP8 experts as the checkpoint has them; another kernel's rounding passes, a mistake does not."""
+    shard = setup[2]
+    weights = torch.randn(LOCAL, 2 * 384, 640) / 25, torch.randn(LOCAL, 640, 384) / 20
+    (w13, w13_scale), (w2, w2_scale) = (
+        tuple(torch.stack(parts) for parts in zip(*(quantize_fp8_blocks(m) for m in matrix), strict=True)) for matrix in weights
+    )
+    experts = Fp8BlockExperts(
+        w13, power_of_two(w13_scale.int() - 127, torch.float32), w2, power_of_two(w2_scale.int() - 127, torch.float32)
+    )
+    right = Runner(experts, lambda layer, x, ids, w: layer(x, ids, w))
+    for kernel, low, high in (("fp8_mega", 0, 0), ("deep_gemm_mega", 0.01, self_check.ROUNDED_TOKEN_LIMIT)):
+        drawn = self_check.expect(kernel, experts, shard, torch.device("cpu"))
+        assert low <= self_check.require_agreement("layer", kernel, right, drawn) <= high
+        with pytest.raises(Refusal, match="differs"):
+            self_check.require_agreement("layer", kernel, Runner(experts, MISTAKES["scaling factor dropped"]), drawn)
+
+
+@pytest.mark.parametrize("kernel", ["w4a16", "another"])
 def test_kernels_with_other_roundings_have_their_own_reference(setup, kernel):
     checkpoint, packed, shard = setup
 

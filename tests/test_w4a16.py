@@ -6,9 +6,6 @@ import pytest
 import torch
 from layer_data import make_layer
 
-from hopper_moe.kernels.reference import w4a16
-from hopper_moe.kernels.reference_weights import Mxfp4Experts
-from hopper_moe.kernels.w4a16 import merge_repeated
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import create_runner
 from hopper_moe.quantization.packing_w4a16 import InterleavedExperts, interleave_scale, up_first
@@ -61,19 +58,3 @@ def test_storing_needs_the_gpu_and_scales_that_the_kernel_can_read(seed):
     layer.w2_scale[0, 3, 1] = 0
     with pytest.raises(Refusal, match="w2 of local expert 0 has a scale byte 0"):
         experts.store(0, *(t[0] for t in layer.weights))
-
-
-def test_an_expert_named_twice_counts_twice(seed):
-    layer = make_layer(seed, num_tokens=9, num_experts=4, top_k=4)
-    ids, weights = layer.topk_ids.clone(), layer.topk_weights.clone()
-    ids[0] = torch.tensor([2, 1, 2, 2])
-    ids[1] = torch.tensor([-1, 3, -1, 3])
-    weights[2, 0], ids[2, 0] = float("nan"), -1
-    merged_ids, merged_weights = merge_repeated(ids, weights)
-    assert merged_ids[0].tolist() == [2, 1, -1, -1] and merged_ids[1].tolist() == [-1, 3, -1, -1]
-    assert torch.equal(merged_ids[3:], ids[3:]) and torch.equal(merged_weights[3:], weights[3:])
-    experts = Mxfp4Experts(*layer.weights)
-    x, valid = layer.x.float(), weights.nan_to_num()
-    twice = w4a16(x, ids, valid, experts, swiglu_limit=2.0)
-    torch.testing.assert_close(w4a16(x, merged_ids, merged_weights.nan_to_num(), experts, swiglu_limit=2.0), twice)
-    assert not merged_weights.isnan()[merged_ids >= 0].any()

@@ -19,7 +19,8 @@ def solve(question: str) -> int:
     """Answer a question from its text, independently of the generator."""
     numbers = [int(n) for n in re.findall(r"\d+", question)]
     if "boxes" in question:
-        return numbers[0] * numbers[1]
+        bought = numbers[0] * numbers[1]
+        return bought + numbers[2] - numbers[3] if "finds" in question else bought
     signs = [1] + [-1 if re.search(rf"(loses|gave away|gives away) {n}\b", question) else 1 for n in numbers[1:]]
     if len(numbers) == 3:
         signs = [1, 1, -1]

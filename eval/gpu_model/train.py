@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from hopper_moe.eval.gpu_model.forward import forward
 from hopper_moe.eval.gpu_model.score import accuracy
 from hopper_moe.eval.gpu_model.state import initial_state, is_trained
 from hopper_moe.eval.tiny_model.tokenizer import build_tokenizer
+from hopper_moe.eval.word_problems import MIXES
 
 VALIDATION_SEED, TEST_SEED = 4243, 4244  # held-out questions for the log; the committed ones have another seed
 WARM_UP_STEPS = 200
@@ -144,7 +146,7 @@ def train(args: argparse.Namespace) -> None:
         return accuracy(state, questions, tokenizer, quantised=quantised, dtype=dtype)
 
     record = {k: v for k, v in vars(args).items() if k not in ("out", "init", "eager")}
-    record |= {"mix": MIX, "resumed": bool(args.init), "device": device.type, "config": CONFIG, "tokens": 0, "log": []}
+    record |= {"mix": asdict(MIXES[MIX]), "device": device.type, "config": CONFIG, "tokens": 0, "log": []}
     if device.type == "cuda":
         record["device"] = torch.cuda.get_device_name()
     began, checked, step, quantised = time.monotonic(), 0.0, 0, args.quantise_from <= 0
@@ -175,7 +177,8 @@ def train(args: argparse.Namespace) -> None:
     for name, q in (("test_plain", False), ("test_quantised", True)):
         record[name] = scores(test, q)
         print(name, json.dumps(record[name]), flush=True)
-    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    earlier = json.loads((args.init / "training.json").read_text())["phases"] if args.init else []
+    (args.out / "training.json").write_text(json.dumps({"phases": [*earlier, record]}, indent=1) + "\n")
 
 
 def write_state(out: Path, state: State) -> None:

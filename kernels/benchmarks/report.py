@@ -132,7 +132,7 @@ def plot(rows: Sequence[Measurement], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5 * min(row.hbm_floor_us for row in rows))
     axes.set_xlabel("tokens per rank")
-    axes.set_ylabel("us per layer call (pre-dispatch + fused kernel)")
+    axes.set_ylabel("us per layer call")
     axes.set_title(f"{rows[0].sku}, commit {rows[0].commit}")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize="small")

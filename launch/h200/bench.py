@@ -30,6 +30,7 @@ from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.errors import Refusal
 
 ROUNDS = 2
+OWN_FACTS = ("kv_tokens", "workspace_gib", "packed_gib")  # of a log, whatever else runs on the GPU
 PREFILL = Load(concurrency=1, num_prompts=6, input_len=8192, output_len=1)
 
 
@@ -40,8 +41,11 @@ def loads(concurrencies: Sequence[int], input_len: int, output_len: int) -> list
 
 def start_all(
     stack: ExitStack, model: str, backends: Sequence[str], out: Path, stagger: float | None, arguments: Sequence[str]
-) -> dict[str, Server]:
-    """The servers by backend, stopped when `stack` closes. `stagger`: seconds between starts; None: each when the last is up."""
+) -> tuple[dict[str, Server], list[str]]:
+    """(servers by backend, one line for each that did not start); stopped when `stack` closes.
+
+    `stagger`: seconds between starts; None: each when the last is up.
+    """
 
     def start(number: int, backend: str) -> Server:
         time.sleep(number * (stagger or 0))
@@ -50,8 +54,10 @@ def start_all(
         )
 
     with ThreadPoolExecutor(max_workers=1 if stagger is None else len(backends)) as pool:
-        started = [pool.submit(start, number, backend) for number, backend in enumerate(backends)]
-    return {backend: future.result() for backend, future in zip(backends, started, strict=True)}
+        started = {backend: pool.submit(start, number, backend) for number, backend in enumerate(backends)}
+    return {backend: future.result() for backend, future in started.items() if not isinstance(future.exception(), Refusal)}, [
+        f"{backend}: {future.exception()}" for backend, future in started.items() if isinstance(future.exception(), Refusal)
+    ]
 
 
 def gpu_gib(server: Server) -> float | None:
@@ -70,8 +76,11 @@ def gpu_gib(server: Server) -> float | None:
     return sum(mine) / 2**30 if mine else None
 
 
-def describe(server: Server) -> dict[str, Any]:
-    return {"command": server.command, "seconds_to_ready": server.seconds_to_ready, "gpu_gib": gpu_gib(server), **server.facts()}
+def describe(server: Server, together: bool) -> dict[str, Any]:
+    """What a server takes. SGLang reads its figures off the free memory of the GPU: with servers that start together they are
+    left out, and only what the driver counts for the processes is kept."""
+    facts = {name: value for name, value in server.facts().items() if not together or name in OWN_FACTS}
+    return {"command": server.command, "seconds_to_ready": server.seconds_to_ready, "gpu_gib": gpu_gib(server), **facts}
 
 
 @click.command(help=__doc__)
@@ -103,36 +112,46 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     planned = loads([int(c) for c in concurrency.split(",")], input_len, output_len)
     with ExitStack() as stack:
-        try:
-            servers = start_all(stack, model, backends.split(","), out, stagger, sglang_arguments)
-        except Refusal as refusal:
-            raise click.ClickException(str(refusal)) from None
-        (out / "servers.json").write_text(json.dumps({b: describe(s) for b, s in servers.items()}, indent=1) + "\n")
-        measure_all(servers, model, planned, rounds, seconds, out)
+        servers, problems = start_all(stack, model, backends.split(","), out, stagger, sglang_arguments)
+        described = {backend: describe(server, together=stagger is not None) for backend, server in servers.items()}
+        (out / "servers.json").write_text(json.dumps(described, indent=1) + "\n")
+        problems += measure_all(servers, model, planned, rounds, seconds, out)
         if then:
             urls = {f"URL_{backend.upper()}": server.url for backend, server in servers.items()}
             subprocess.run(then, shell=True, env={**os.environ, **urls, "OUT": str(out)})
+    if problems:
+        raise click.ClickException("\n".join(problems))
 
 
-def measure_all(servers: dict[str, Server], model: str, planned: list[Load], rounds: int, seconds: float, out: Path) -> None:
-    """Append one JSON line for each round, load and backend to `out/serving.jsonl`; round 0 is not kept."""
-    started, seed = time.monotonic(), time.time_ns() % (1 << 30)
+def measure_all(servers: dict[str, Server], model: str, planned: list[Load], rounds: int, seconds: float, out: Path) -> list[str]:
+    """Append one JSON line for each round, load and backend to `out/serving.jsonl`; round 0 is not kept. Returns what failed."""
+    started, seed, failed = time.monotonic(), time.time_ns() % (1 << 30), []
     for number in range(rounds + 1):
         for load in planned:
             for backend, server in servers.items():
                 if time.monotonic() - started > seconds:
                     click.echo(f"stopped after {seconds:.0f} s in round {number}")
-                    return
+                    return failed
                 seed += 1
-                row = {"backend": backend, "round": number, **measure(server.url, model, load, seed)}
-                click.echo(
-                    f"{backend:<18} round {number} c {load.concurrency:<4} in {load.input_len} out {load.output_len}: "
-                    f"tpot {row['median_tpot_ms']:.2f} itl {row['median_itl_ms']:.2f} ttft {row['median_ttft_ms']:.1f} ms, "
-                    f"{row['total_throughput']:.0f} tok/s"
-                )
+                try:
+                    row = {"backend": backend, "round": number, **measure(server.url, model, load, seed)}
+                except Refusal as refusal:
+                    failed.append(str(refusal))
+                    click.echo(failed[-1])
+                    continue
+                click.echo(_line(row))
                 if number:
                     with (out / "serving.jsonl").open("a") as file:
                         file.write(json.dumps(row) + "\n")
+    return failed
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['backend']:<18} round {row['round']} c {row['concurrency']:<4} in {row['input_len']} out {row['output_len']}: "
+        f"tpot {row['median_tpot_ms']:.2f} itl {row['median_itl_ms']:.2f} ttft {row['median_ttft_ms']:.1f} ms, "
+        f"{row['total_throughput']:.0f} tok/s"
+    )
 
 
 if __name__ == "__main__":

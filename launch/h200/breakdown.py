@@ -26,7 +26,7 @@ import httpx
 # First match wins. Kernel names of SGLang 0.5.17, FlashInfer 0.6 and ours.
 _EXPERTS = (
     "hopper_moe", "mega_moe", "pre_dispatch", "marlin_moe", "moe_wna16", r"Marlin<", "moe_align", "fused_moe", "MoeGemm", "moe::",
-    "GroupedGemm", "tensorrt_llm", "cutlass_extensions", "moe_sum", "count_and_sort", "expand_?input",
+    "GroupedGemm", "GroupProblemShape", "tensorrt_llm", "cutlass_extensions", "moe_sum", "count_and_sort", "expand_?input",
 )  # fmt: skip
 GROUPS = (
     ("routed experts", "|".join(_EXPERTS)),

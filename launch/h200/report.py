@@ -35,7 +35,7 @@ def _median(rows: list[dict[str, Any]]) -> Cell:
 
 
 def markdown(rows: list[dict[str, Any]], servers: dict[str, Any]) -> str:
-    """The decode table (times in ms, range over rounds), the prefill table, and the memory table."""
+    """The decode table (times in ms, range over rounds), the prefill table, and the memory table; without lines that have no value."""
     found, backends = sorted(cells(rows).items()), list(servers)
     decode = [_head("concurrency", [f"{b}: TPOT (range), ITL, TTFT ms; out tok/s" for b in backends] + ["against the better"])]
     prefill = [_head("prompt", [f"{b}: TTFT ms, in tok/s" for b in backends] + ["against the better"])]
@@ -49,13 +49,15 @@ def markdown(rows: list[dict[str, Any]], servers: dict[str, Any]) -> str:
     memory = [_head("GiB", backends)]
     for name, label in _MEMORY.items():
         values = [servers[b].get(name) for b in backends]
-        memory.append(_line(label, [f"{value:.2f}" if value is not None else "" for value in values]))
-    return "\n\n".join("\n".join(table) for table in (decode, prefill, memory)) + "\n"
+        if any(value is not None for value in values):
+            memory.append(_line(label, [f"{value:.2f}" if value is not None else "" for value in values]))
+    return "\n\n".join("\n".join(table) for table in (decode, prefill, memory) if len(table) > 1) + "\n"
 
 
 _MEMORY = {
     "weights_gib": "model weights",
-    "workspace_gib": "kernel workspace, in the line above",
+    "packed_gib": "packed experts",
+    "workspace_gib": "kernel workspace",
     "graph_gib": "CUDA graphs",
     "gpu_gib": "all processes of the server",
     "seconds_to_ready": "seconds to ready",

@@ -42,7 +42,7 @@ class W4A16Runner:
         self._fused_finalize = fused_finalize
 
     def prepare(self, experts: InterleavedExperts, shard: ExpertShard) -> None:
-        """See `ExpertRunner.prepare`. The first layer of a shape lets FlashInfer measure its tiles (about 15 s)."""
+        """See `ExpertRunner.prepare`. The first layer of a shape lets FlashInfer measure its tiles (20 to 30 s)."""
         self._experts = experts
         self._kernel = _kernel(shard, self._fused_finalize, experts.device)
         self._kernel.tune(experts)

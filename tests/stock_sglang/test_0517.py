@@ -127,7 +127,7 @@ def test_standard_mode(model, tmp_path, checkpoint, argv, ranks):
         )
 
     for name, created, global_ids, y, empty, sabotaged in stock.in_ranks(work, stock.resolve(model, *argv), ranks, tmp_path):
-        assert name == "HopperMxfp4MoEMethod" and global_ids
+        assert name == "HopperMoEMethod" and global_ids
         assert created["w13_weight"] == ((EXPERTS // ranks, 2 * stock.INTERMEDIATE, HIDDEN // 2), torch.int8)
         assert created["w13_weight_scale_inv"] == ((EXPERTS // ranks, 2 * stock.INTERMEDIATE, HIDDEN // 32), torch.float8_e8m0fnu)
         assert agrees(checkpoint, y, x) and empty.shape == (0, HIDDEN)

@@ -222,7 +222,7 @@ def test_environments_that_are_refused(model, environ, argv, sentence):
 @pytest.mark.parametrize(
     ("dtype", "changes", "sentence"),
     [
-        ("F8_E4M3", {}, "experts are FP8, and the FP8 kernel .* is not built"),
+        ("F8_E4M3", {}, "the checkpoint.s experts are fp8, but .* serves fp4"),
         (
             "I8",
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "quantization_config": None},
