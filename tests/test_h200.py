@@ -195,9 +195,9 @@ def test_the_report_compares_with_the_better(tmp_path):
     assert (tmp_path / "serving.png").stat().st_size > 1000
 
 
-def test_loads_are_two_batches_and_prompts_alone():
+def test_loads_are_prompts_alone_and_batches():
     planned = loads([1, 64], 1024, 256)
-    assert [(p.concurrency, p.num_prompts, p.output_len) for p in planned] == [(1, 4, 256), (64, 128, 256), (1, 6, 1)]
+    assert [(p.concurrency, p.num_prompts, p.output_len) for p in planned] == [(1, 6, 1), (1, 4, 256), (64, 128, 256)]
 
 
 CONFIG = {

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from layer_data import make_layer
@@ -58,3 +63,26 @@ def test_storing_needs_the_gpu_and_scales_that_the_kernel_can_read(seed):
     layer.w2_scale[0, 3, 1] = 0
     with pytest.raises(Refusal, match="w2 of local expert 0 has a scale byte 0"):
         experts.store(0, *(t[0] for t in layer.weights))
+
+
+def test_an_expert_named_twice_gets_the_sum_of_its_weights(seed):
+    """In Triton's interpreter, which has to be chosen before Triton is imported."""
+    subprocess.run(
+        [sys.executable, "-c", f"from merge_check import check; check({seed}, 'cpu')"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent,
+        check=True,
+    )
+
+
+def test_merging_compiles_for_hopper():
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hopper_moe.kernels.merge_slots import _merge
+
+    tensors = {"ids_in": "*i32", "weights_in": "*fp32", "ids_out": "*i32", "weights_out": "*fp32", "num_tokens": "i32"}
+    constants = {"top_k": 6, "block": 64}
+    source = ASTSource(fn=_merge, signature=tensors | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]

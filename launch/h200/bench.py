@@ -35,8 +35,8 @@ PREFILL = Load(concurrency=1, num_prompts=6, input_len=8192, output_len=1)
 
 
 def loads(concurrencies: Sequence[int], input_len: int, output_len: int) -> list[Load]:
-    """Two batches of requests at each concurrency (four at 1 and 8), and prompts alone."""
-    return [Load(c, c * (4 if c < 32 else 2), input_len, output_len) for c in concurrencies] + [PREFILL]
+    """Prompts alone, then two batches of requests at each concurrency (four at 1 and 8), in the order given."""
+    return [PREFILL, *(Load(c, c * (4 if c < 32 else 2), input_len, output_len) for c in concurrencies)]
 
 
 def start_all(

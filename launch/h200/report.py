@@ -35,7 +35,7 @@ def _median(rows: list[dict[str, Any]]) -> Cell:
 
 
 def markdown(rows: list[dict[str, Any]], servers: dict[str, Any]) -> str:
-    """The decode table (times in ms, range over rounds), the prefill table, and the memory table; without lines that have no value."""
+    """The decode table (times in ms, range over rounds), the prefill table, and the memory table; no line without a value."""
     found, backends = sorted(cells(rows).items()), list(servers)
     decode = [_head("concurrency", [f"{b}: TPOT (range), ITL, TTFT ms; out tok/s" for b in backends] + ["against the better"])]
     prefill = [_head("prompt", [f"{b}: TTFT ms, in tok/s" for b in backends] + ["against the better"])]
