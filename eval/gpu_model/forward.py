@@ -35,7 +35,9 @@ class Rope:
     @classmethod
     def of_length(cls, length: int, device: torch.device | str) -> Rope:
         exponents = torch.arange(0, ROPE, 2, device=device, dtype=torch.float32) / ROPE
-        angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), CONFIG["compress_rope_theta"] ** -exponents)
+        angles = torch.outer(
+            torch.arange(length, device=device, dtype=torch.float32), CONFIG["compress_rope_theta"] ** -exponents
+        )
         return cls(angles.cos(), angles.sin())
 
     def rotate(self, x: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
