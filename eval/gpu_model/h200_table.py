@@ -3,8 +3,8 @@
 \b
     python -m hopper_moe.eval.gpu_model.h200_table --out DIR [-- SGLANG_ARGUMENTS]
 
-Serves `eval/data/gpu_dsv4` once per kernel and once per sabotaged checkpoint, asks the 1,200 held-out questions, and writes table and
-plot into eval/README.md. The servers start together (the model is small, and starting is host time), the
+Serves `eval/data/gpu_dsv4` once per kernel and once per sabotaged checkpoint, asks the 1,200 held-out questions, and writes
+table and plot into eval/README.md. The servers start together (the model is small, and starting is host time), the
 questions are asked one server after the other. Run again with the same DIR, it asks only what is missing.
 """
 
