@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from hopper_moe.kernels.reference_weights import ExpertSource, Matrix
 from hopper_moe.launch.cpu_host_experts import ExpertsKernel, reference_kernel
@@ -57,3 +62,32 @@ def sabotages(routed_scaling_factor: float) -> dict[str, ExpertsKernel]:
         "clamp missing": clamp_missing,
         "gate and up swapped": gate_up_swapped,
     }
+
+
+def sabotaged_checkpoint(model: Path, out: Path, name: str) -> Path:
+    """Copy of a checkpoint that makes any honest server commit mistake `name` of `sabotages`: for GPU kernels, which cannot be
+    swapped for a wrong function.
+
+    A missing clamp is missing in the shared experts too: SGLang knows one limit for both.
+    """
+    shutil.copytree(model, out)
+    config = json.loads((out / "config.json").read_text())
+    factor = config["routed_scaling_factor"]
+    if name == "gate and up swapped":
+        other = {"w1": "w3", "w3": "w1"}
+        for file in out.glob("*.safetensors"):
+            tensors = load_file(file)
+            renamed = {
+                re.sub(r"(?<=\.)w[13](?=\.)", lambda m: other[m[0]], n) if ".experts." in n else n: t for n, t in tensors.items()
+            }
+            if renamed.keys() != tensors.keys():
+                raise ValueError(f"{file}: an expert's w1 and w3 lie in different files")
+            save_file(renamed, file, metadata={"format": "pt"})
+        return out
+    changed = {
+        "scaling factor dropped": {"routed_scaling_factor": 1.0},
+        "scaling factor applied twice": {"routed_scaling_factor": factor**2},
+        "clamp missing": {"swiglu_limit": 1e4},
+    }[name]
+    (out / "config.json").write_text(json.dumps(config | changed, indent=2) + "\n")
+    return out

@@ -1,6 +1,7 @@
-"""Makes the table and plot of `eval/README.md`: every CPU kernel and every sabotage against the reference, on the tiny model.
+"""Makes the tables and plots of `eval/README.md`: every CPU kernel and every sabotage against the reference.
 
-    python -m hopper_moe.eval.table_of_truth            all 1,200 held-out questions, some minutes on one core
+    python -m hopper_moe.eval.table_of_truth            the tiny model: all 1,200 held-out questions, some minutes on one core
+    python -m hopper_moe.eval.table_of_truth --gpu-model    the GPU model and its harder questions, half an hour
 
 Everything goes through the real path: HTTP server, `hopper-moe eval`, `hopper-moe eval compare`.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import uvicorn
 
 from hopper_moe.eval.benchmark_cli import run_benchmark
+from hopper_moe.eval.benchmarks import DATA
 from hopper_moe.eval.compare_cli import compare_folders
 from hopper_moe.eval.sabotage import sabotages
 from hopper_moe.eval.serving import free_port
@@ -30,7 +32,6 @@ from hopper_moe.launch.cpu_host_model import load
 from hopper_moe.launch.demo import tiny_model
 
 MARGIN = 0.01
-BEGIN, END = "<!-- table of truth: begin (written by table_of_truth.py) -->", "<!-- table of truth: end -->"
 NAMES = {
     "reference": "reference (W4A8)",
     "w4a16": "w4a16 (no activation quantisation)",
@@ -54,14 +55,16 @@ def serving(engine: Engine, kernel: str) -> Iterator[str]:
         thread.join()
 
 
-def run_all(model: Path, out: Path, num_examples: int | None) -> list[dict[str, Any]]:
-    """One row per kernel and sabotage, `reference` first; each is compared with `reference`."""
+def run_all(model: Path, out: Path, num_examples: int | None, data: Path | None = None) -> list[dict[str, Any]]:
+    """One row per kernel and sabotage, `reference` first; each is compared with `reference`. `data`: other questions."""
     rows: list[dict[str, Any]] = []
 
     def score(engine: Engine, kernel: str, sabotage: bool) -> None:
         folder = out / kernel.replace(" ", "-")
         with serving(engine, kernel) as base_url:
-            status, _ = run_benchmark("word_problems", base_url, out=folder, num_examples=num_examples, recorded_url="own")
+            status, _ = run_benchmark(
+                "word_problems", base_url, out=folder, num_examples=num_examples, recorded_url="own", data=data
+            )
         if status:
             raise SystemExit(status)
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -91,7 +94,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name = f"**sabotage:** {row['name']}" if row["sabotage"] else NAMES[row["name"]]
+        name = f"**sabotage:** {row['name']}" if row["sabotage"] else NAMES.get(row["name"], row["name"])
         accuracy = f"{row['accuracy']:.2%}"
         if "verdict" not in row:
             lines.append(f"| {name} | {accuracy} | | | | |")
@@ -103,7 +106,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Differences to the reference with intervals and the margin."""
     from matplotlib.figure import Figure
 
@@ -121,27 +124,38 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     labels = [("sabotage: " if r["sabotage"] else "") + r["name"] for r in reversed(shown)]
     axes.set(yticks=range(len(shown)), yticklabels=labels, ylim=(-0.6, len(shown) - 0.4))
     axes.set(
-        xlabel="accuracy minus reference, percentage points (95 % interval, paired)", title="Held-out word problems, tiny model"
+        xlabel="accuracy minus reference, percentage points (95 % interval, paired)", title=f"Held-out word problems, {title}"
     )
     axes.margins(x=0.12)
     axes.legend(loc="upper left", frameon=False)
     figure.savefig(path, dpi=130)
 
 
+def write_table(readme: Path, name: str, table: str) -> None:
+    """Put `table` between the two comment lines of that name in `readme`."""
+    begin, end = f"<!-- {name}: begin (written by table_of_truth.py) -->", f"<!-- {name}: end -->"
+    before, rest = readme.read_text().split(begin)
+    readme.write_text(f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=tiny_model())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu-model", action="store_true", help="the model that SGLang serves, on the CPU host")
     parser.add_argument("--num-examples", type=int, help="only the first N questions [default: all]")
     parser.add_argument("--readme", type=Path, default=Path(__file__).parent / "README.md")
-    parser.add_argument("--out", type=Path, help="run folders [default: temporary]")
+    parser.add_argument("--out", type=Path, help="run folders; given again, what they hold is kept [default: temporary]")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp(prefix="table-of-truth-"))
-    rows = run_all(args.model, out, args.num_examples)
+    if args.gpu_model:
+        name, title, picture = "table of truth, GPU model", "GPU model", "table_of_truth_gpu_model.png"
+        rows = run_all(DATA / "gpu_dsv4", out, args.num_examples, DATA / "word_problems_hard.jsonl")
+    else:
+        name, title, picture = "table of truth", "tiny model", "table_of_truth.png"
+        rows = run_all(tiny_model(), out, args.num_examples)
     table = markdown(rows)
     print(table)
-    before, rest = args.readme.read_text().split(BEGIN)
-    args.readme.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
-    plot(rows, args.readme.parent / "table_of_truth.png")
+    write_table(args.readme, name, table)
+    plot(rows, args.readme.parent / picture, title)
     if any((row["verdict"] == "worse") != row["sabotage"] for row in rows if "verdict" in row):
         raise SystemExit("a kernel is worse than the reference, or a sabotage was not caught")
 

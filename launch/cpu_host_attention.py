@@ -1,4 +1,4 @@
-"""Attention of the CPU host: one shared key-value head is read in place, where transformers' eager function first copies it for every head."""
+"""Attention of the CPU host: the one shared key-value head is read in place; transformers' eager function copies it per head."""
 
 from __future__ import annotations
 

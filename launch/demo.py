@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import tempfile
@@ -24,8 +25,18 @@ def tiny_model() -> Path:
     return Path(hopper_moe.eval.__file__).parent / "data" / "tiny_dsv4"
 
 
+def shown_here() -> tuple[Path, Path | None]:
+    """(checkpoint, its held-out questions; None: the benchmark's own): SGLang serves the GPU model, the CPU host the tiny one."""
+    from hopper_moe.launch import machine
+
+    data = tiny_model().parent
+    if machine.detect().is_hopper and importlib.util.find_spec("sglang"):
+        return data / "gpu_dsv4", data / "word_problems_hard.jsonl"
+    return tiny_model(), None
+
+
 @click.command()
-@click.option("--model", help="Checkpoint to show [default: the tiny model of this package, trained on word problems].")
+@click.option("--model", help="Checkpoint to show [default: a small model of this package, trained on word problems].")
 @click.option("--kernels", help="Comma-separated [default: every kernel that serves the model on this machine].")
 @click.option("--num-examples", type=click.IntRange(1), default=400, show_default=True, help="Held-out questions to ask.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where runs and logs go [default: a fresh temporary folder].")
@@ -36,7 +47,8 @@ def demo(model: str | None, kernels: str | None, num_examples: int, out: Path | 
     """
     from hopper_moe.eval.serving import served, server_command
 
-    folder = model or str(tiny_model())
+    shown, questions = (model, None) if model else shown_here()
+    folder = str(shown)
     names = kernels.split(",") if kernels else kernels_here(folder)
     out = out or Path(tempfile.mkdtemp(prefix="hopper-moe-demo-"))
     for name in names:
@@ -48,7 +60,7 @@ def demo(model: str | None, kernels: str | None, num_examples: int, out: Path | 
         with served(folder, name, out / f"server-{name}.log") as base_url:
             click.echo(f"serving on {base_url}")
             click.echo(f"question: {QUESTION}\nanswer:   {ask(base_url, QUESTION)}")
-            rows.append((name, _evaluate(base_url, num_examples, out / name)))
+            rows.append((name, _evaluate(base_url, num_examples, questions, out / name)))
     click.echo("\n" + table(rows))
     low = [name for name, metrics in rows if not metrics["pass@1"] >= REQUIRED_ACCURACY]
     if low:
@@ -81,10 +93,12 @@ def ask(base_url: str, question: str) -> str:
     return reply.json()["choices"][0]["message"]["content"]
 
 
-def _evaluate(base_url: str, num_examples: int, out: Path) -> dict[str, Any]:
+def _evaluate(base_url: str, num_examples: int, questions: Path | None, out: Path) -> dict[str, Any]:
     from hopper_moe.eval.benchmark_cli import run_benchmark
 
-    status, folder = run_benchmark("word_problems", base_url, num_examples=num_examples, out=out, fresh=True, recorded_url="own")
+    status, folder = run_benchmark(
+        "word_problems", base_url, data=questions, num_examples=num_examples, out=out, fresh=True, recorded_url="own"
+    )
     if status:
         sys.exit(status)
     return json.loads((folder / "metrics.json").read_text())

@@ -1,14 +1,27 @@
 """The GPU model's training code: its forward pass is transformers', its quantisers are the checkpoint writer's."""
 
+import hashlib
+import json
+from itertools import islice
+from pathlib import Path
+
 import pytest
 import torch
 
-from hopper_moe.eval.gpu_model import fake_quant
-from hopper_moe.eval.gpu_model.config import CONFIG
+from hopper_moe.eval.benchmarks import DATA
+from hopper_moe.eval.gpu_model import fake_quant, train
+from hopper_moe.eval.gpu_model.config import CONFIG, MIX
+from hopper_moe.eval.gpu_model.data import LENGTH, encode, held_out_questions
 from hopper_moe.eval.gpu_model.forward import forward
 from hopper_moe.eval.gpu_model.state import initial_state, is_trained, whole_state
 from hopper_moe.eval.tiny_model.config import build_model
+from hopper_moe.eval.tiny_model.tokenizer import build_tokenizer
+from hopper_moe.eval.word_problems import is_held_out, problems, question_set
+from hopper_moe.launch.cpu_host_engine import Engine, Request
+from hopper_moe.launch.cpu_host_model import load
 from hopper_moe.quantization import codecs
+
+MODEL, QUESTIONS = DATA / "gpu_dsv4", DATA / "word_problems_hard.jsonl"
 
 
 @pytest.fixture
@@ -62,8 +75,76 @@ def test_fake_quantisers_are_the_codecs(seed: int) -> None:
     packed, scale = codecs.quantize_mxfp4(w)
     torch.testing.assert_close(fake_quant.mxfp4(w), codecs.dequantize_mxfp4(packed, scale, torch.float32), rtol=0, atol=0)
     q, scale = codecs.quantize_fp8_blocks(w)
-    torch.testing.assert_close(fake_quant.fp8_blocks(w), codecs.dequantize_fp8_blocks(q, scale, dtype=torch.float32), rtol=0, atol=0)
+    torch.testing.assert_close(
+        fake_quant.fp8_blocks(w), codecs.dequantize_fp8_blocks(q, scale, dtype=torch.float32), rtol=0, atol=0
+    )
     for group in (64, 128, 256):
         q, scale = codecs.quantize_activations(w, group)
         expected = codecs.dequantize_activations(q, scale, group, torch.float32)
         torch.testing.assert_close(fake_quant.activations(w, group), expected, rtol=1e-2, atol=1e-6)
+
+
+def test_steps_on_one_batch_lower_the_loss(seed: int) -> None:
+    examples = encode(held_out_questions(seed, 2), build_tokenizer())
+    trainer = train.Trainer(initial_state(seed), train.Batches(examples, 2, torch.device("cpu"), seed), torch.float32)
+    trainer.rate.fill_(1e-3)
+    trainer.batches.draw()
+    losses = []
+    for quantised in (False, False, False, True):
+        trainer.prepared(quantised)()
+        losses.append(trainer.loss.item())
+    assert losses[-1] < losses[0] - 0.3, losses
+    bias = trainer.state["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.any() and not trainer.state["model.layers.0.mlp.gate.weight"].isnan().any()
+
+
+def test_a_state_survives_its_files(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    train.write_state(tmp_path, state)
+    files = list(tmp_path.iterdir())
+    assert len(files) > 1 and all(f.stat().st_size < 16 << 20 for f in files)
+    again = train.read_state(tmp_path)
+    assert again.keys() == state.keys() and all(torch.equal(again[n], state[n]) for n in state)
+
+
+def test_no_example_is_longer_than_its_row() -> None:
+    drawn = list(islice(problems(1, held_out=False, mix=MIX), 4_000))
+    encoded = encode(drawn, build_tokenizer())
+    assert encoded.length.max() < LENGTH
+    first = drawn[0]
+    row = encoded.tokens[0, : encoded.length[0]].tolist()
+    text = build_tokenizer().decode(row)
+    assert first.question in text and text.endswith(f"\\boxed{{{first.answer}}}<｜end▁of▁sentence｜>")
+
+
+def test_committed_model_is_what_sglang_serves() -> None:
+    config = json.loads((MODEL / "config.json").read_text())
+    assert {k: v for k, v in CONFIG.items() if k not in ("rope_scaling",)}.items() <= config.items()
+    assert config["num_attention_heads"] in (64, 128) and (config["head_dim"], config["qk_rope_head_dim"]) == (512, 64)
+    assert (config["index_head_dim"], config["sliding_window"], config["hc_mult"]) == (128, 128, 4)
+    assert all(ratio in (4, 128) for ratio in config["compress_ratios"])
+    for size in ("hidden_size", "moe_intermediate_size", "q_lora_rank", "o_lora_rank"):
+        assert config[size] % 128 == 0
+    assert sum(f.stat().st_size for f in MODEL.iterdir()) <= 20 << 20
+    built = build_tokenizer()
+    assert json.loads((MODEL / "tokenizer.json").read_text()) == json.loads(built.backend_tokenizer.to_str())
+
+
+def test_committed_questions_are_held_out_and_reproducible() -> None:
+    provenance = json.loads(QUESTIONS.with_suffix(".provenance.json").read_text())
+    content = QUESTIONS.read_bytes()
+    assert hashlib.sha256(content).hexdigest() == provenance["sha256"]
+    rows = [json.loads(line) for line in content.splitlines()]
+    again = question_set(provenance["seed"], provenance["count"], provenance["mix"])
+    assert [(r["problem"], r["expected_answer"]) for r in rows] == [(p.question, str(p.answer)) for p in again]
+    assert len(rows) >= 1000 and all(is_held_out(r["problem"]) for r in rows)
+
+
+def test_committed_model_answers_on_the_cpu_host() -> None:
+    model, tokenizer = load(MODEL, "reference")
+    rows = [json.loads(line) for line in QUESTIONS.read_text().splitlines()[:12]]
+    engine, right = Engine(model, tokenizer), 0
+    chats = [tokenizer.apply_chat_template([{"role": "user", "content": r["problem"]}], add_generation_prompt=True) for r in rows]
+    futures = [engine.submit(Request(tuple(chat["input_ids"]), 64, 0.0)) for chat in chats]
+    for row, future in zip(rows, futures, strict=True):
+        right += f"\\boxed{{{row['expected_answer']}}}" in tokenizer.decode(future.result().tokens)
+    assert right >= 8, right

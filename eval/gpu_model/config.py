@@ -1,4 +1,4 @@
-"""Shape of the GPU model: the smallest DeepSeek-V4 that stock SGLang 0.5.17 and 0.5.23 serve on SM90. README.md here says why."""
+"""Shape of the GPU model: the smallest DeepSeek-V4 that stock SGLang 0.5.17 and 0.5.23 serve on SM90. eval/data/gpu_dsv4/README.md says why."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from hopper_moe.eval.tiny_model.config import CONFIG as TINY_CONFIG
 
-# Attention is FlashMLA's, so 64 heads of 512 (448 + 64 rope) and an indexer of 64 x 128 are not ours to choose; they are nine tenths
-# of the file. Only ACTIVE_HEADS of them are trained, the others hold zeros and add nothing.
+# Attention is FlashMLA's, so 64 heads of 512 (448 + 64 rope) and an indexer of 64 x 128 are not ours to choose; they are nine
+# tenths of the file. A quarter of the heads is trained, the others hold zeros and add nothing.
 # swiglu_limit is low and routed_scaling_factor high on purpose: leaving either out must change the answers.
 CONFIG: dict[str, Any] = TINY_CONFIG | dict(
     hidden_size=128,

@@ -1,4 +1,4 @@
-"""Quantisers of `quantization/codecs.py` as differentiable FP32 operations for training: same values, gradient passed straight through.
+"""Quantisers of `quantization/codecs.py` as differentiable FP32 operations: same values, the gradient passed straight through.
 
 `tests/test_gpu_model.py` holds each against the codec that writes checkpoints.
 """

@@ -1,9 +1,9 @@
 """DeepSeek-V4's forward pass for training on short sequences: transformers' arithmetic, a tenth of its kernel launches.
 
-What makes it short, and what it therefore cannot do: whole sequences without cache, at most 127 tokens (so the ratio-128 layer has
-no compressed entry and the indexer selects every entry), only the active heads, every expert computed for every token and the
-unselected ones weighted zero. No host synchronisation, so a training step can be a CUDA graph. `tests/test_gpu_model.py` compares it with
-transformers' model.
+What makes it short, and what it therefore cannot do: whole sequences without cache, at most 127 tokens (so the ratio-128 layer
+has no compressed entry and the indexer selects every entry), only the active heads, every expert computed for every token and
+the unselected ones weighted zero. No host synchronisation, so a training step can be a CUDA graph.
+`tests/test_gpu_model.py` compares it with transformers' model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Rope:
     @classmethod
     def of_length(cls, length: int, device: torch.device | str) -> Rope:
         exponents = torch.arange(0, ROPE, 2, device=device, dtype=torch.float32) / ROPE
-        angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), CONFIG["compress_rope_theta"] ** -exponents)
+        angles = torch.outer(
+            torch.arange(length, device=device, dtype=torch.float32), CONFIG["compress_rope_theta"] ** -exponents
+        )
         return cls(angles.cos(), angles.sin())
 
     def rotate(self, x: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Greedy accuracy of a training state on held-out problems: no cache, every step recomputes the batch, which a GPU does fastest."""
+"""Greedy accuracy of a training state on held-out problems: no cache, every step recomputes the batch."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
     python -m hopper_moe.eval.gpu_model.train --seconds 300 --out DIR
 
-Writes the FP32 state as `state-N.safetensors` and `training.json`, the record; `export.py` makes the checkpoint of them. Plain training
-first, then quantisation-aware: weights, expert inputs and cached keys as they will be served. A step is one CUDA graph.
+    python -m hopper_moe.eval.gpu_model.train --seconds 120 --init DIR --quantise-from 0 --lr 1e-3 --seed 1 --out DIR2     goes on
+
+Writes the FP32 state as `state-N.safetensors` and `training.json`, the record; `export.py` makes the checkpoint of them. Plain
+training first, then quantisation-aware: weights, expert inputs and cached keys as they will be served. A step is one CUDA graph.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class Batches:
         self.end.copy_(self._end[picked].unsqueeze(1))
 
 
-def answer_loss(state: State, batches: Batches, *, quantised: bool, dtype: torch.dtype) -> tuple[torch.Tensor, State, torch.Tensor]:
+def answer_loss(
+    state: State, batches: Batches, *, quantised: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, State, torch.Tensor]:
     """(mean cross-entropy of the answers' tokens, selected experts by router, which tokens are no padding [B, T])."""
     logits, chosen = forward(state, batches.ids, quantised=quantised, dtype=dtype)
     place = torch.arange(LENGTH, device=batches.ids.device)
@@ -166,7 +170,9 @@ def train(args: argparse.Namespace) -> None:
         if step % 50 == 0:
             loss = trainer.loss.item()  # waits for the device, so the clock above is the device's
             if step % 200 == 0:
-                print(f"{time.monotonic() - began:6.1f} s step {step} loss {loss:.4f} {record['tokens'] / 1e6:.1f} Mtok", flush=True)
+                print(
+                    f"{time.monotonic() - began:6.1f} s step {step} loss {loss:.4f} {record['tokens'] / 1e6:.1f} Mtok", flush=True
+                )
             if elapsed - checked >= args.check_every:
                 checked = elapsed
                 found = {"quantised": scores(validation, True)} | ({} if quantised else {"plain": scores(validation, False)})
@@ -203,7 +209,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="folder with a state to go on from")
     parser.add_argument("--seconds", type=float, default=300.0, help="wall time of the training loop")
-    parser.add_argument("--quantise-from", type=float, default=0.6, help="share of the time after which training is quantisation-aware")
+    parser.add_argument(
+        "--quantise-from", type=float, default=0.6, help="share of the time after which training is quantisation-aware"
+    )
     parser.add_argument("--examples", type=int, default=2_000_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch-size", type=int, default=512)
