@@ -1,8 +1,6 @@
-"""The fused FP4 MoE layer on SM90: Python face of `csrc/` (`kernels/CONTRACT.md` says what it computes)."""
+"""The fused MoE layer on SM90, FP4 or FP8 weights: Python face of `csrc/` (`kernels/CONTRACT.md` says what it computes)."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,9 +12,9 @@ from hopper_moe.kernels.tile_table import TileTable, table_for
 from hopper_moe.moe_backends.env_table import DEFAULT_TIMEOUT_S
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
+from hopper_moe.quantization.packing import PackedExperts
+from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
-if TYPE_CHECKING:
-    from hopper_moe.quantization.packing import PackedExperts
 
 # Order of the byte offsets that the library's workspace_layout returns (struct Workspace in csrc/layout.cuh).
 _WORKSPACE_FIELDS = (
@@ -29,9 +27,9 @@ MAX_EXPERTS = 400  # kMaxExperts in csrc/layout.cuh: what the table in shared me
 MAX_CAPACITY_SLOTS = 1 << 24  # a slot number shares 32 bits with the rank
 
 
-def _workspace_offsets(shape: list[int]) -> dict[str, int]:
+def _workspace_offsets(shape: list[int], library: str = PackedExperts.library) -> dict[str, int]:
     """Byte offset of every workspace field, by name, for the integers of struct Shape in csrc/layout.cuh."""
-    return dict(zip(_WORKSPACE_FIELDS, map(int, jit.load("mega_moe")["workspace_layout"](shape)), strict=True))
+    return dict(zip(_WORKSPACE_FIELDS, map(int, jit.load(library)["workspace_layout"](shape)), strict=True))
 
 
 def _wave_rows(num_ranks: int, capacity: int, top_k: int, num_local_experts: int) -> int:
@@ -91,6 +89,7 @@ class MegaMoE:
         fp4_dispatch: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         wave_rows: int | None = None,
+        weights: type[PackedExperts] | type[PackedFp8Experts] = PackedExperts,
     ) -> None:
         """Allocates the workspace; `num_bytes` says how much.
 
@@ -105,6 +104,7 @@ class MegaMoE:
             timeout_s: how long a kernel waits for a peer.
             wave_rows: rows the pools hold, a multiple of 128; default: enough for all rows of one rank, 1.5 balanced shares of several.
                 Results do not depend on it.
+            weights: the format of the experts that calls bring.
 
         Raises:
             Refusal: sizes the kernel is not built for, a device that is no SM90 GPU, or a group whose GPUs cannot reach each other.
@@ -134,7 +134,7 @@ class MegaMoE:
         self.capacity = num_tokens_capacity
         self.tiles = tiles if tiles is not None else table_for(properties.name)
         self._num_sms = properties.multi_processor_count
-        self._library = jit.load("mega_moe")
+        self._weights, self._library = weights, jit.load(weights.library)
         if group is not None:
             check_group(group, self.device, num_experts)
         if wave_rows is None:
@@ -146,7 +146,7 @@ class MegaMoE:
             hidden_size, intermediate_size, top_k, num_experts, num_local_experts, first_expert, num_ranks, rank, num_tokens_capacity,
             wave_rows, int(fp8_combine), int(fp4_dispatch),
         ]  # fmt: skip
-        self.offsets = _workspace_offsets(self._shape)
+        self.offsets = _workspace_offsets(self._shape, weights.library)
         self.num_bytes = self.offsets["num_bytes"]
         self.buffer = SymmetricBuffer(self.num_bytes, self.device, group)
         self.workspace = self.buffer.tensor
@@ -162,7 +162,7 @@ class MegaMoE:
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
-        packed: PackedExperts,
+        packed: PackedExperts | PackedFp8Experts,
         *,
         swiglu_limit: float | None,
         routed_scaling_factor: float = 1.0,
@@ -201,8 +201,7 @@ class MegaMoE:
                 *self._id_range, stream,
             )  # fmt: skip
             self._library["mega_moe"](
-                self._shape, self.buffer.rank_bases, self.tiles.as_list(), packed.w13_packed.data_ptr(), packed.w13_base.data_ptr(),
-                packed.w2_packed.data_ptr(), packed.w2_base.data_ptr(), y.data_ptr(),
+                self._shape, self.buffer.rank_bases, self.tiles.as_list(), *(t.data_ptr() for t in packed.tensors), y.data_ptr(),
                 float("inf") if swiglu_limit is None else swiglu_limit, num_tokens, layer, self._timeout_ns, self.failure.address,
                 self._num_sms, stream,
             )  # fmt: skip
@@ -236,6 +235,8 @@ class MegaMoE:
                 raise Refusal(
                     f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, not a contiguous {dtype} {list(shape)} on {self.device}."
                 )
+        if type(packed) is not self._weights:
+            raise Refusal(f"the experts are {type(packed).__name__}, this MegaMoE was made for weights={self._weights.__name__}.")
         mine = (self.num_local_experts, self.hidden_size, self.intermediate_size, self.device)
         if (packed.num_experts, packed.hidden_size, packed.intermediate_size, packed.device) != mine:
             raise Refusal(

@@ -34,6 +34,10 @@ MAX_DELTA = 11  # octaves between a row's smallest and largest scale that E4M3 s
 BASE_SHIFT = 5  # the decoded weight is e2m1 * 2**(delta - BASE_SHIFT), its row factor 2**(base + BASE_SHIFT - 127)
 MAX_BASE = 254 - BASE_SHIFT  # beyond it the row factor is no finite FP32 number
 
+# Packed FP8 weights (contract section 5): units in the 128-byte swizzle of WGMMA's shared-memory operands.
+FP8_UNIT_BYTES = UNIT_ROWS * UNIT_K
+FP8_SCALES_PER_BLOCK = 4  # FP32 a row tile of 128 and k block: low rows' scale, high rows' scale, two zeros (a bulk copy is 16 bytes)
+
 # Limits.
 DIM_MULTIPLE = 128
 MAX_TOP_K = 16
@@ -74,6 +78,12 @@ def packed_expert_bytes(hidden_size: int, intermediate_size: int) -> int:
     units_w13 = (2 * intermediate_size // UNIT_ROWS) * (hidden_size // UNIT_K)
     units_w2 = (hidden_size // UNIT_ROWS) * (intermediate_size // UNIT_K)
     return (units_w13 + units_w2) * UNIT_BYTES + 2 * intermediate_size + hidden_size
+
+
+def fp8_expert_bytes(hidden_size: int, intermediate_size: int) -> int:
+    """Bytes of one packed FP8 expert: a byte a weight, and per row tile and k block the FP32 scales (w13: per two row tiles)."""
+    blocks = (hidden_size // FP8_BLOCK) * (intermediate_size // FP8_BLOCK)
+    return 3 * hidden_size * intermediate_size + 2 * blocks * 4 * FP8_SCALES_PER_BLOCK
 
 
 def check_dims(hidden_size: int, intermediate_size: int) -> None:

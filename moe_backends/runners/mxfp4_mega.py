@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
     from hopper_moe.kernels.mega_moe import MegaMoE
     from hopper_moe.moe_backends.base import ExpertShard
+    from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 
 @functools.cache
-def _kernel(shape: ExpertShard, device: torch.device) -> MegaMoE:
+def _kernel(shape: ExpertShard, device: torch.device, weights: type[PackedExperts] | type[PackedFp8Experts]) -> MegaMoE:
     """One kernel object, and so one workspace, for all layers of the same shape (their limit and number do not matter)."""
     from hopper_moe.kernels.mega_moe import MegaMoE
 
@@ -32,6 +33,7 @@ def _kernel(shape: ExpertShard, device: torch.device) -> MegaMoE:
         num_experts=shape.num_experts,
         top_k=shape.top_k,
         device=device,
+        weights=weights,
         group=shape.group,
         fp8_combine=shape.fp8_combine,
         fp4_dispatch=shape.fp4_dispatch,
@@ -43,13 +45,13 @@ def _kernel(shape: ExpertShard, device: torch.device) -> MegaMoE:
 class Mxfp4MegaRunner:
     """`ExpertRunner` over `hopper_moe.kernels.mega_moe`."""
 
-    experts_type = PackedExperts
+    experts_type: ClassVar[type[PackedExperts] | type[PackedFp8Experts]] = PackedExperts
 
-    def prepare(self, experts: PackedExperts, shard: ExpertShard) -> None:
+    def prepare(self, experts: PackedExperts | PackedFp8Experts, shard: ExpertShard) -> None:
         """See `ExpertRunner.prepare`. The first layer of a shape compiles the kernel (if it was not before) and takes the
         workspace; with a group, that is collective."""
         self._packed, self._swiglu_limit, self._layer, self._group = experts, shard.swiglu_limit, shard.layer, shard.group
-        self._kernel = _kernel(replace(shard, swiglu_limit=None), experts.device)
+        self._kernel = _kernel(replace(shard, swiglu_limit=None), experts.device, type(experts))
 
     def run_across_ranks(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, group: dist.ProcessGroup
