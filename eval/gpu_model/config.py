@@ -1,4 +1,4 @@
-"""Shape of the GPU model: about the smallest DeepSeek-V4 that stock SGLang serves on SM90; eval/data/gpu_dsv4/README.md says why."""
+"""Shape of the GPU model: about the smallest DeepSeek-V4 that stock SGLang serves; eval/data/gpu_dsv4/README.md says why."""
 
 from __future__ import annotations
 
