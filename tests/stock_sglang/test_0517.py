@@ -85,7 +85,7 @@ def test_arguments_that_are_refused(model, argv, sentence):
 
 
 def test_fp8_experts_are_refused(tmp_path):
-    with pytest.raises(Refusal, match="experts are FP8"):
+    with pytest.raises(Refusal, match="experts are fp8"):
         stock.resolve(stock.write_model(tmp_path, "F8_E4M3"))
 
 
