@@ -28,13 +28,20 @@ FLAGS = ("-O3", "-std=c++17", *ARCHITECTURE)
 
 @dataclass(frozen=True)
 class Library:
-    """One shared library: its name and the translation unit (in csrc/) that includes all the others."""
+    """One shared library: its name, the translation unit (in csrc/) that includes all the others, and its own `-D` constants."""
 
     name: str
     source: str
+    defines: tuple[str, ...] = ()
 
 
-LIBRARIES = {library.name: library for library in (Library("mega_moe", "bindings.cu"),)}
+LIBRARIES = {
+    library.name: library
+    for library in (
+        Library("mega_moe", "bindings.cu", ("-DHM_WEIGHT_BITS=4",)),
+        Library("fp8_mega", "bindings.cu", ("-DHM_WEIGHT_BITS=8",)),
+    )
+}
 
 
 def find_nvcc() -> Path:
@@ -62,7 +69,7 @@ def cache_key(library: Library) -> str:
     """Hex digest of everything that decides the compiled bytes."""
     digest = hashlib.sha256()
     defines = [flag for flag in include_flags() if flag.startswith("-D")]
-    for text in (library.source, *FLAGS, *defines, _toolkit(), importlib.metadata.version("apache-tvm-ffi")):
+    for text in (library.source, *library.defines, *FLAGS, *defines, _toolkit(), importlib.metadata.version("apache-tvm-ffi")):
         digest.update(text.encode() + b"\0")
     for path in sorted(SOURCE_DIR.rglob("*.cu*")):
         digest.update(str(path.relative_to(SOURCE_DIR)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -76,7 +83,7 @@ def library_path(library: Library) -> Path:
 
 def _nvcc(library: Library, output: Path, *options: str) -> str:
     """Compiles a library's source to `output`; what the compiler said. Raises RuntimeError with its words if it fails."""
-    command = [str(find_nvcc()), *FLAGS, *include_flags(), *options, "-o", str(output), str(SOURCE_DIR / library.source)]
+    command = [str(find_nvcc()), *FLAGS, *include_flags(), *library.defines, *options, "-o", str(output), str(SOURCE_DIR / library.source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc could not compile {library.source}:\n{done.stderr[-4000:]}")

@@ -1,8 +1,6 @@
-"""The fused FP4 MoE layer on SM90: Python face of `csrc/` (`kernels/CONTRACT.md` says what it computes)."""
+"""The fused MoE layer on SM90, FP4 or FP8 weights: Python face of `csrc/` (`kernels/CONTRACT.md` says what it computes)."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,9 +8,9 @@ from hopper_moe.kernels import jit
 from hopper_moe.kernels.tile_table import TileTable, table_for
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
+from hopper_moe.quantization.packing import PackedExperts
+from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
-if TYPE_CHECKING:
-    from hopper_moe.quantization.packing import PackedExperts
 
 # Order of the byte offsets that the library's workspace_layout returns (struct Workspace in csrc/layout.cuh).
 _WORKSPACE_FIELDS = (
@@ -24,9 +22,9 @@ MAX_EXPERTS = 400  # kMaxExperts in csrc/layout.cuh: what the table in shared me
 MAX_CAPACITY_SLOTS = 1 << 24  # a slot number shares 32 bits with the rank
 
 
-def _workspace_offsets(shape: list[int]) -> dict[str, int]:
+def _workspace_offsets(shape: list[int], library: str = PackedExperts.library) -> dict[str, int]:
     """Byte offset of every workspace field, by name, for the integers of struct Shape in csrc/layout.cuh."""
-    return dict(zip(_WORKSPACE_FIELDS, map(int, jit.load("mega_moe")["workspace_layout"](shape)), strict=True))
+    return dict(zip(_WORKSPACE_FIELDS, map(int, jit.load(library)["workspace_layout"](shape)), strict=True))
 
 
 def workspace_bytes(
@@ -56,6 +54,7 @@ class MegaMoE:
         first_expert: int = 0,
         device: torch.device | str = "cuda",
         tiles: TileTable | None = None,
+        weights: type[PackedExperts] | type[PackedFp8Experts] = PackedExperts,
     ) -> None:
         """Allocates the workspace; `num_bytes` says how much.
 
@@ -64,6 +63,7 @@ class MegaMoE:
             num_experts: size of the id space of `topk_ids`; this object computes the ids
                 `first_expert .. first_expert + num_local_experts - 1` (default: all), others are skipped.
             tiles: token tiles; default: the table of this GPU's SKU.
+            weights: the format of the experts that calls bring.
 
         Raises:
             Refusal: sizes the kernel is not built for, or a device that is no SM90 GPU.
@@ -87,9 +87,9 @@ class MegaMoE:
         self.capacity = num_tokens_capacity
         self.tiles = tiles if tiles is not None else table_for(properties.name)
         self._num_sms = properties.multi_processor_count
-        self._library = jit.load("mega_moe")
+        self._weights, self._library = weights, jit.load(weights.library)
         self._shape = [hidden_size, intermediate_size, top_k, num_experts, num_local_experts, first_expert, 1, 0, num_tokens_capacity]
-        self.offsets = _workspace_offsets(self._shape)
+        self.offsets = _workspace_offsets(self._shape, weights.library)
         self.num_bytes = self.offsets["num_bytes"]
         self.workspace = torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
         self.workspace[: self.offsets["control_bytes"]].zero_()
@@ -100,7 +100,7 @@ class MegaMoE:
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
-        packed: PackedExperts,
+        packed: PackedExperts | PackedFp8Experts,
         *,
         swiglu_limit: float | None,
         routed_scaling_factor: float = 1.0,
@@ -133,8 +133,7 @@ class MegaMoE:
                 self.first_expert, self.first_expert + self.num_local_experts, stream,
             )  # fmt: skip
             self._library["mega_moe"](
-                self._shape, [self.workspace.data_ptr()], self.tiles.as_list(), packed.w13_packed.data_ptr(), packed.w13_base.data_ptr(),
-                packed.w2_packed.data_ptr(), packed.w2_base.data_ptr(), y.data_ptr(),
+                self._shape, [self.workspace.data_ptr()], self.tiles.as_list(), *(t.data_ptr() for t in packed.tensors), y.data_ptr(),
                 float("inf") if swiglu_limit is None else swiglu_limit, num_tokens, self._num_sms, stream,
             )  # fmt: skip
         return y
@@ -157,6 +156,8 @@ class MegaMoE:
                 raise Refusal(
                     f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, not a contiguous {dtype} {list(shape)} on {self.device}."
                 )
+        if type(packed) is not self._weights:
+            raise Refusal(f"the experts are {type(packed).__name__}, this MegaMoE was made for weights={self._weights.__name__}.")
         mine = (self.num_local_experts, self.hidden_size, self.intermediate_size, self.device)
         if (packed.num_experts, packed.hidden_size, packed.intermediate_size, packed.device) != mine:
             raise Refusal(

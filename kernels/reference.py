@@ -26,6 +26,7 @@ from hopper_moe.quantization.codecs import (
     quantize_mxfp4_activations,
     unpack_nibbles,
 )
+from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 
 def pre_dispatch(
@@ -104,7 +105,7 @@ def mega_moe(
 
 def fp8_mega(
     inputs: Sequence[DispatchedTokens],
-    experts: Sequence[Fp8BlockExperts],
+    experts: Sequence[Fp8BlockExperts | PackedFp8Experts],
     *,
     num_experts: int,
     swiglu_limit: float | None,
@@ -113,8 +114,8 @@ def fp8_mega(
 ) -> list[torch.Tensor]:
     """`mega_moe` with E4M3 experts that have one FP32 scale per 128 x 128 block. Raises Refusal for any other kind of experts."""
     for rank, shard in enumerate(experts):
-        if not isinstance(shard, Fp8BlockExperts):
-            raise Refusal(f"rank {rank} holds {type(shard).__name__}, but fp8_mega needs Fp8BlockExperts: use mega_moe for FP4.")
+        if not isinstance(shard, Fp8BlockExperts | PackedFp8Experts):
+            raise Refusal(f"rank {rank} holds {type(shard).__name__}, but fp8_mega needs FP8 experts: use mega_moe for FP4.")
     return mega_moe(
         inputs, experts, num_experts=num_experts, swiglu_limit=swiglu_limit, fp8_combine=fp8_combine, compute_dtype=compute_dtype
     )

@@ -9,6 +9,7 @@ from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
 from hopper_moe.quantization.codecs import as_bytes, dequantize_mxfp4
 from hopper_moe.quantization.packing import PackedExperts, check_checkpoint_shapes, unpack_w2, unpack_w13
+from hopper_moe.quantization.packing_fp8 import PackedFp8Experts, unpack_fp8_w2, unpack_fp8_w13
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,38 @@ class Fp8BlockExperts:
         self._tensors = (w13, w13_scale, w2, w2_scale)
 
     def w13(self, expert: int, dtype: torch.dtype) -> Matrix:
-        return self._matrix(self._tensors[0][expert], self._tensors[1][expert], dtype)
+        return self.matrix(self._tensors[0][expert], self._tensors[1][expert], dtype)
 
     def w2(self, expert: int, dtype: torch.dtype) -> Matrix:
-        return self._matrix(self._tensors[2][expert], self._tensors[3][expert], dtype)
+        return self.matrix(self._tensors[2][expert], self._tensors[3][expert], dtype)
 
     @staticmethod
-    def _matrix(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Matrix:
+    def matrix(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Matrix:
+        """float8_e4m3fn [N, K] and FP32 [ceil(N/128), ceil(K/128)] in the compute type."""
         return Matrix(weight.to(dtype), scale.to(dtype).repeat_interleave(layout.FP8_BLOCK, 0)[: weight.shape[0]])
 
 
-Experts = PackedExperts | ExpertSource  # the latter: Mxfp4Experts, Fp8BlockExperts or a source of the caller
+class PackedFp8Source:
+    """Packed FP8 experts (`quantization.packing_fp8`), read through the inverse of the packing."""
+
+    def __init__(self, packed: PackedFp8Experts) -> None:
+        self._packed = packed
+        self.num_experts = packed.num_experts
+        self.hidden_size = packed.hidden_size
+        self.intermediate_size = packed.intermediate_size
+
+    def w13(self, expert: int, dtype: torch.dtype) -> Matrix:
+        return Fp8BlockExperts.matrix(*unpack_fp8_w13(self._packed, expert), dtype)
+
+    def w2(self, expert: int, dtype: torch.dtype) -> Matrix:
+        return Fp8BlockExperts.matrix(*unpack_fp8_w2(self._packed, expert), dtype)
+
+
+Experts = PackedExperts | PackedFp8Experts | ExpertSource  # the latter: Mxfp4Experts, Fp8BlockExperts or a source of the caller
 
 
 def as_source(experts: Experts) -> ExpertSource:
     """Packed experts through their unpacking; any other source as it is."""
-    return PackedSource(experts) if isinstance(experts, PackedExperts) else experts
+    if isinstance(experts, PackedExperts):
+        return PackedSource(experts)
+    return PackedFp8Source(experts) if isinstance(experts, PackedFp8Experts) else experts

@@ -24,6 +24,7 @@ class PackedExperts:
     """The experts of one layer on one rank (`base.ExpertTensors`). Contiguous per expert; all uint8."""
 
     holds_every_row: ClassVar[bool] = False  # at most 12 octaves of scales a row, see `check_exact`
+    library: ClassVar[str] = "mega_moe"  # the compiled kernel that reads this format (kernels/jit.py)
 
     w13_packed: torch.Tensor  # [E, 2I/128, H/128, 2, 4352]
     w13_base: torch.Tensor  # [E, 2I], packed row order (gate and up in eights)
@@ -46,6 +47,11 @@ class PackedExperts:
                 )
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The four tensors in the order of the fields."""
+        return self.w13_packed, self.w13_base, self.w2_packed, self.w2_base
+
+    @property
     def num_experts(self) -> int:
         """Experts held here (local)."""
         return self.w2_base.shape[0]
@@ -65,7 +71,7 @@ class PackedExperts:
     @property
     def num_bytes(self) -> int:
         """Bytes of the four tensors."""
-        return sum(t.numel() for t in (self.w13_packed, self.w13_base, self.w2_packed, self.w2_base))
+        return sum(t.numel() for t in self.tensors)
 
     @classmethod
     def empty(cls, num_experts: int, hidden_size: int, intermediate_size: int, device: torch.device | str) -> "PackedExperts":

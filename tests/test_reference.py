@@ -215,7 +215,7 @@ def test_fp8_experts_with_block_scales(seed):
                 (tokens.topk_weights[t, k].double() * (dequantize_fp8_blocks(q2[e], s2[e]) @ hq)).float().bfloat16().float()
             )
     assert_layers_agree(got, want.bfloat16(), max_relative_l2=1e-4)
-    with pytest.raises(Refusal, match="rank 0 holds Mxfp4Experts, but fp8_mega needs Fp8BlockExperts"):
+    with pytest.raises(Refusal, match="rank 0 holds Mxfp4Experts, but fp8_mega needs FP8 experts"):
         reference.fp8_mega([tokens], layer.rank_experts(1), num_experts=4, swiglu_limit=LIMIT)
 
 

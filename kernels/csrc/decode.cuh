@@ -36,7 +36,16 @@ __device__ __forceinline__ void decode_unit(uint32_t (&a)[16], uint32_t unit, in
   }
 }
 
-// 2**(base + kBaseShift - 127): what decode_unit left out, applied once per row to the FP32 sum.
-__device__ __forceinline__ float row_scale(uint8_t base) { return __uint_as_float((uint32_t{base} + kBaseShift) << 23); }
+// 2**(base + kBaseShift - 127) of a thread's rows r and r + 8: what decode_unit left out, applied once per row to the FP32 sum.
+class RowScales {
+ public:
+  __device__ __forceinline__ explicit RowScales(const uint8_t* base) : low_(__ldg(base)), high_(__ldg(base + 8)) {}
+  __device__ __forceinline__ float low() const { return value(low_); }
+  __device__ __forceinline__ float high() const { return value(high_); }
+
+ private:
+  __device__ __forceinline__ static float value(uint8_t base) { return __uint_as_float((uint32_t{base} + kBaseShift) << 23); }
+  uint8_t low_, high_;
+};
 
 }  // namespace hopper_moe

@@ -9,7 +9,9 @@ namespace hopper_moe {
 
 constexpr int kUnitRows = HM_UNIT_ROWS;          // packed rows of one weight unit = rows of one WGMMA
 constexpr int kUnitK = HM_UNIT_K;                // k of one unit, and of one activation tile
-constexpr int kUnitBytes = HM_UNIT_BYTES;        // nibbles + scale deltas
+// One library per weight format: 4 bits (E2M1 nibbles with scale deltas) or 8 (E4M3 with one FP32 scale per 128 x 128 block).
+constexpr bool kFp8Weights = HM_WEIGHT_BITS == 8;
+constexpr int kUnitBytes = kFp8Weights ? HM_FP8_UNIT_BYTES : HM_UNIT_BYTES;
 constexpr int kUnitNibbleBytes = kUnitRows * kUnitK / 2;
 constexpr int kActGroup = HM_ACT_GROUP;          // k per activation scale of x
 constexpr int kHGroup = HM_H_GROUP;              // features per activation scale of h
@@ -21,6 +23,7 @@ static_assert(kUnitRows == 64 && kUnitK == 128 && kHGroup == 128 && kActGroup ==
 
 constexpr int kRowTile = 2 * kUnitRows;          // rows of a weight tile: one unit per math warpgroup
 constexpr int kRowTileBytes = 2 * kUnitBytes;    // per k block
+constexpr int kBlockScaleBytes = kFp8Weights ? 4 * HM_FP8_SCALES_PER_BLOCK : 0;   // the FP32 scales of a row tile and k block
 constexpr int kMaxExperts = 400;                 // experts of all ranks together
 constexpr int kMaxRanks = 8;
 constexpr int kMaxTokenTile = 128;
@@ -117,7 +120,7 @@ struct MegaMoeParams {
   TileTable tiles;
   float swiglu_limit;                 // +inf: no clamp
   int num_tokens;
-  const uint8_t *w13_packed, *w13_base, *w2_packed, *w2_base;
+  const uint8_t *w13_packed, *w13_base, *w2_packed, *w2_base;   // FP8 weights: `base` are the block scales
   uint16_t* y;                        // BF16 [num_tokens][hidden]
   uint8_t* rank_base[kMaxRanks];      // workspaces of all ranks
 

@@ -12,18 +12,19 @@
 
 namespace hopper_moe {
 
-constexpr int kNumStages = 7;
-constexpr int kStageBytes = 26 * 1024;
+constexpr int kNumStages = kFp8Weights ? 5 : 7;
+constexpr int kStageBytes = (kFp8Weights ? 34 : 26) * 1024;
 constexpr int kMathWarps = 8;
 constexpr int kServiceWarps = 2;
 
 // What one stage holds for token tile N: chunks of 128 k. Activations first (their swizzle needs 1024-byte alignment), then weights, then
-// activation scales, then (last stage of an L2 task) the routing weights of the rows.
-__host__ __device__ constexpr int chunks_per_stage(int tile) { return tile <= 32 ? 2 : 1; }
+// activation scales, then (last stage of an L2 task) the routing weights of the rows, then (FP8) the scales of the weight block.
+__host__ __device__ constexpr int chunks_per_stage(int tile) { return !kFp8Weights && tile <= 32 ? 2 : 1; }
 __host__ __device__ constexpr int stage_weights(int tile) { return chunks_per_stage(tile) * tile * kUnitK; }
 __host__ __device__ constexpr int stage_scales(int tile) { return stage_weights(tile) + chunks_per_stage(tile) * kRowTileBytes; }
 __host__ __device__ constexpr int stage_row_weights(int tile) { return stage_scales(tile) + chunks_per_stage(tile) * tile * 4; }
-__host__ __device__ constexpr int stage_end(int tile) { return stage_row_weights(tile) + tile * 4; }
+__host__ __device__ constexpr int stage_block_scales(int tile) { return stage_row_weights(tile) + tile * 4; }
+__host__ __device__ constexpr int stage_end(int tile) { return stage_block_scales(tile) + kBlockScaleBytes; }
 static_assert(stage_end(8) <= kStageBytes && stage_end(16) <= kStageBytes && stage_end(32) <= kStageBytes && stage_end(64) <= kStageBytes &&
               stage_end(96) <= kStageBytes && stage_end(128) <= kStageBytes);
 
@@ -114,14 +115,20 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
       slot.first_row = first_row_tile * kRowTile;
       feed.post();
       const uint8_t* weights = (task.is_l1 ? p.w13_packed : p.w2_packed) + int64_t{first_row_tile} * num_chunks * kRowTileBytes;
+      // L1: both passes over a tile of features take the scales of its gate block and its up block.
+      const uint8_t* block_scales = (task.is_l1 ? p.w13_base : p.w2_base) + int64_t{first_row_tile / passes} * num_chunks * kBlockScaleBytes;
       const bool once = table.block_base[task.block.expert + 1] - table.block_base[task.block.expert] == 1;
       const uint64_t policy = once ? ptx::kEvictFirst : ptx::kEvictNormal;
       for (int pass = 0; pass < passes; ++pass) {
         for (int chunk = 0; chunk < num_chunks; chunk += per_stage) {
           const uint32_t num_bytes = min(per_stage, num_chunks - chunk) * kRowTileBytes;
           ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
-          ptx::mbarrier_arrive_expect_tx(ring.full_barrier(cursor.stage), num_bytes);
+          ptx::mbarrier_arrive_expect_tx(ring.full_barrier(cursor.stage), num_bytes + kBlockScaleBytes);
           ptx::bulk_load(ring.data(cursor.stage) + stage_weights(tile), weights, num_bytes, ring.full_barrier(cursor.stage), policy);
+          if constexpr (kFp8Weights) {
+            ptx::bulk_load(ring.data(cursor.stage) + stage_block_scales(tile), block_scales + chunk * kBlockScaleBytes, kBlockScaleBytes,
+                           ring.full_barrier(cursor.stage), ptx::kEvictNormal);
+          }
           weights += num_bytes;
           cursor.advance();
         }

@@ -1,7 +1,12 @@
 // The math warpgroups: products, and what can be done to a sum in the register it is in. Everything that crosses threads is left to the
 // service warps, which work while the next product runs.
 #pragma once
-#include "mainloop.cuh"
+#if HM_WEIGHT_BITS == 8
+#include "mainloop_fp8.cuh"
+#else
+#include "mainloop_fp4.cuh"
+#endif
+#include "ptx/arithmetic.cuh"
 #include "shared_storage.cuh"
 
 namespace hopper_moe {
@@ -40,11 +45,10 @@ template <int N>
 __device__ __forceinline__ void run_l1(MathContext& c, int first_row) {
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
-    const uint8_t* base = c.p.w13_base + first_row + pass * kRowTile + c.row_in_tile();
-    const uint8_t gate_base = __ldg(base), up_base = __ldg(base + 8);
+    const RowScales scales(c.p.w13_base + first_row + pass * kRowTile + c.row_in_tile());
     float sum[N / 2];
     MainLoop<N, true>(c.ring, c.cursor, c.me).run(sum, c.p.shape.hidden / kUnitK, [](const float (&)[N / 2], uint32_t) {});
-    const float gate_scale = row_scale(gate_base), up_scale = row_scale(up_base), limit = c.p.swiglu_limit;
+    const float gate_scale = scales.low(), up_scale = scales.high(), limit = c.p.swiglu_limit;
     if (pass == 0) c.wait_tile();
     constexpr int kBlocks = N >= 32 ? 4 : N / 8;   // 8 x 8 blocks of one store
     const int chunk = pass * 8 + c.me.warpgroup * 4 + c.me.warp;
@@ -65,8 +69,7 @@ __device__ __forceinline__ void run_l1(MathContext& c, int first_row) {
 // 128 output columns, times the routing weight.
 template <int N>
 __device__ __forceinline__ void run_l2(MathContext& c, int first_row) {
-  const uint8_t* base = c.p.w2_base + first_row + c.row_in_tile();
-  const uint8_t low_base = __ldg(base), high_base = __ldg(base + 8);
+  const RowScales scales(c.p.w2_base + first_row + c.row_in_tile());
   float sum[N / 2];
   MainLoop<N, false>(c.ring, c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, [&](float (&sum)[N / 2], uint32_t stage) {
     const uint32_t weights = stage + stage_row_weights(N) + c.me.lane % 4 * 8;
@@ -79,7 +82,7 @@ __device__ __forceinline__ void run_l2(MathContext& c, int first_row) {
       sum[4 * i + 3] *= weight.y;
     });
   });
-  const float low = row_scale(low_base), high = row_scale(high_base);
+  const float low = scales.low(), high = scales.high();
   c.wait_tile();
   constexpr int kBlocks = N >= 16 ? 4 : 2;   // two of them (rows r and r + 8) per 8 tokens
   const int block = c.me.lane / 8 % kBlocks, chunk = (c.me.warpgroup * 4 + c.me.warp) * 2 + block % 2;

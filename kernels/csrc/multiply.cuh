@@ -1,0 +1,31 @@
+// What the product loops of all weight formats share: who a math thread is, and one chunk's multiply.
+#pragma once
+#include <utility>
+
+#include "pipeline.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace hopper_moe {
+
+struct MathThread {
+  int warpgroup, warp, lane;    // warp: 0..3 in the warpgroup
+};
+
+template <int N>
+__device__ __forceinline__ void multiply_chunk(float (&d)[N / 2], const uint32_t* a, uint32_t tile_address, bool accumulate) {
+  const uint64_t descriptor = ptx::wgmma_descriptor(tile_address);
+#pragma unroll
+  for (int group = 0; group < 4; ++group) ptx::wgmma(d, a + 4 * group, descriptor + 2 * group, accumulate || group > 0);
+}
+
+// Calls f(std::integral_constant<int, i>) for i = 0 .. kNum - 1: an unrolled loop whose index is a constant expression.
+template <typename F, int... I>
+__device__ __forceinline__ void for_each_constant(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int kNum, typename F>
+__device__ __forceinline__ void for_each_constant(F&& f) {
+  for_each_constant(f, std::make_integer_sequence<int, kNum>{});
+}
+
+}  // namespace hopper_moe
