@@ -55,7 +55,7 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
         f"ranks    tensor parallel {plan.tp_size}, expert parallel {shape.ep_size}",
     ]
     if not refusals:
-        expert_bytes = expert_bytes_per_rank(facts, shape.ep_size, shape.intermediate_size)
+        expert_bytes = expert_bytes_per_rank(facts, shape.ep_size, shape.intermediate_size, shape.expert_dtype)
         lines.append(f"memory   {expert_bytes / GIB:.2f} GiB of packed expert weights per rank")
         refusals += _memory_refusals(plan, machine, expert_bytes)
     return Report(choice, tuple(lines), tuple(refusals), shape)
@@ -82,11 +82,12 @@ def workspace_line(report: Report, settings: Settings) -> str | None:
     return f"memory   {num_bytes / GIB:.2f} GiB of workspace per rank, for {capacity} tokens a call; kernel compiled"
 
 
-def expert_bytes_per_rank(facts: ModelFacts, ep_size: int, intermediate_size: int) -> int:
-    """Bytes of one rank's packed experts over all MoE layers (drafts included)."""
-    from hopper_moe.quantization.layout import packed_expert_bytes
+def expert_bytes_per_rank(facts: ModelFacts, ep_size: int, intermediate_size: int, expert_dtype: str = "fp4") -> int:
+    """Bytes of one rank's packed experts over all MoE layers (drafts included), as the kernel gets them: "fp4" or "fp8"."""
+    from hopper_moe.quantization.layout import fp8_expert_bytes, packed_expert_bytes
 
-    return facts.num_moe_layers * (facts.num_experts // ep_size) * packed_expert_bytes(facts.hidden_size, intermediate_size)
+    of_one = fp8_expert_bytes if expert_dtype == "fp8" else packed_expert_bytes
+    return facts.num_moe_layers * (facts.num_experts // ep_size) * of_one(facts.hidden_size, intermediate_size)
 
 
 def _exchanges(plan: LaunchPlan, choice: Choice) -> bool:

@@ -74,7 +74,14 @@ _SPECS = (
         HOPPER,
         max_experts=400,
     ),
-    KernelSpec("fp8_mega", "FP8 experts, the same fused kernel", None, "fp8", HOPPER),
+    KernelSpec(
+        "fp8_mega",
+        "FP8 experts, the same fused kernel",
+        "hopper_moe.moe_backends.runners.fp8_mega:create",
+        "fp8",
+        HOPPER,
+        max_experts=400,
+    ),
     KernelSpec(
         "w4a16",
         "FP4 experts, BF16 activations: FlashInfer's mixed-input kernel",
@@ -163,7 +170,11 @@ def _choose_automatically(
 
 
 def _passed_over(problems: dict[str, str | None]) -> str:
-    return ", ".join(f"{name} ({problem})" for name, problem in problems.items())
+    """Kernels and why not, those with the same reason together."""
+    kernels: dict[str, list[str]] = {}
+    for name, problem in problems.items():
+        kernels.setdefault(str(problem).replace(f"which {name} needs", "which it needs"), []).append(name)
+    return ", ".join(f"{', '.join(names)} ({reason})" for reason, names in kernels.items())
 
 
 def layer_refusals(spec: KernelSpec, layer: LayerShape) -> list[str]:

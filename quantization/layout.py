@@ -80,6 +80,12 @@ def packed_expert_bytes(hidden_size: int, intermediate_size: int) -> int:
     return (units_w13 + units_w2) * UNIT_BYTES + 2 * intermediate_size + hidden_size
 
 
+def fp8_expert_bytes(hidden_size: int, intermediate_size: int) -> int:
+    """Bytes of one packed FP8 expert: a byte a weight, and per row tile and k block the FP32 scales (w13: per two row tiles)."""
+    blocks = (hidden_size // FP8_BLOCK) * (intermediate_size // FP8_BLOCK)
+    return 3 * hidden_size * intermediate_size + 2 * blocks * 4 * FP8_SCALES_PER_BLOCK
+
+
 def check_dims(hidden_size: int, intermediate_size: int) -> None:
     """Raises Refusal unless both sizes are positive multiples of 128."""
     for name, value in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):

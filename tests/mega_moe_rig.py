@@ -7,12 +7,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from hopper_moe.kernels import reference
-from hopper_moe.kernels.benchmarks.workload import ModelShape, make_layer, random_experts, random_routing, random_tokens
+from hopper_moe.kernels.benchmarks.workload import (
+    ModelShape,
+    make_layer,
+    random_experts,
+    random_fp8_experts,
+    random_routing,
+    random_tokens,
+)
 from hopper_moe.kernels.mega_moe import MegaMoE
 from hopper_moe.kernels.reference_stages import DispatchedTokens, HiddenStage
 from hopper_moe.kernels.tile_table import TileTable
 from hopper_moe.quantization import layout
 from hopper_moe.quantization.packing import PackedExperts
+from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 FACTOR = 1.5  # routed_scaling_factor of every call
 
@@ -32,7 +40,7 @@ class Rig:
     """One layer, one workspace."""
 
     shape: ModelShape
-    packed: PackedExperts
+    packed: PackedExperts | PackedFp8Experts
     mm: MegaMoE
     generator: torch.Generator
 
@@ -60,13 +68,14 @@ class Rig:
         return compute(batch.x, batch.topk_ids, batch.topk_weights, self.packed, first_expert=self.mm.first_expert, **options)
 
     def with_tiles(self, tiles: TileTable, capacity: int) -> Rig:
-        return replace(self, mm=make_layer(self.shape, self.mm.num_experts, capacity, tiles=tiles))
+        return replace(self, mm=make_layer(self.shape, self.mm.num_experts, capacity, tiles=tiles, weights=type(self.packed)))
 
 
 def make_rig(seed: int, shape: ModelShape, num_experts: int, capacity: int, **options) -> Rig:
-    """Random weights. `options` go to MegaMoE (num_local_experts, first_expert, tiles)."""
+    """Random weights. `options` go to MegaMoE (num_local_experts, first_expert, tiles, weights)."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    packed = random_experts(shape, options.get("num_local_experts", num_experts), generator)
+    make_experts = random_fp8_experts if options.get("weights") is PackedFp8Experts else random_experts
+    packed = make_experts(shape, options.get("num_local_experts", num_experts), generator)
     return Rig(shape, packed, make_layer(shape, num_experts, capacity, **options), generator)
 
 

@@ -57,7 +57,7 @@ ON_EIGHT_H200 = {
     "unknown variable": ({"HOPPER_MOE_KERNAL": "auto"}, [], "did you mean HOPPER_MOE_KERNEL?"),
     "unknown kernel": ({"HOPPER_MOE_KERNEL": "marlin"}, [], "'marlin' is not a kernel"),
     "empty kernel": ({"HOPPER_MOE_KERNEL": ""}, [], "'' is not a kernel"),
-    "kernel not built: fp8_mega": ({"HOPPER_MOE_KERNEL": "fp8_mega"}, [], "fp8_mega: not built in this release"),
+    "kernel for other experts": ({"HOPPER_MOE_KERNEL": "fp8_mega"}, [], "experts are fp4, but fp8_mega serves fp8"),
     "capacity no number": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "8k"}, [], "'8k' is not a whole number"),
     "capacity zero": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "0"}, [], "=0 is outside 1..262144"),
     "capacity negative": ({"HOPPER_MOE_MAX_TOKENS_PER_RANK": "-1"}, [], "'-1' is not a whole number"),
@@ -97,7 +97,11 @@ ON_EIGHT_H200 = {
         "contradict each other",
     ),
     "no mega but fp8": ({"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0", "SGLANG_DSV4_FP4_DEQUANT": "1"}, [], "contradict each other"),
-    "dequant alone": ({"SGLANG_DSV4_FP4_DEQUANT": "1"}, [], "none is left that runs here"),
+    "no mega but fp8 by name": (
+        {"SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE": "0", "HOPPER_MOE_KERNEL": "fp8_mega"},
+        [],
+        "contradict each other",
+    ),
     "old memory layout": ({"SGLANG_OPT_FIX_MEGA_MOE_MEMORY": "0"}, [], "does not have: unset it"),
     "tp no number": ({}, ["--tp-size", "eight"], "'eight' is not a whole number"),
     "tp zero": ({}, ["--tp-size", "0"], "'0' is not a whole number in 1..1024"),
@@ -183,10 +187,16 @@ def test_bad_config(case, refuse, tmp_path):
     assert words in refuse(machine, str(_write_model(tmp_path / "model", **changes)), arguments, {})
 
 
-@pytest.mark.parametrize("dtype, words", [("F8_E4M3", "experts are fp8"), ("BF16", "experts are bf16"), ("I4", "experts are I4")])
+@pytest.mark.parametrize("dtype, words", [("BF16", "experts are bf16"), ("I4", "experts are I4")])
 def test_bad_expert_type_on_disk(dtype, words, refuse, tmp_path):
     model = _write_model(tmp_path / "model", dtype, expert_dtype=...)
     assert words in refuse(Machine(_gpus(1)), str(model), [], {})
+
+
+def test_fp8_experts_on_disk_are_refused_by_an_fp4_kernel(refuse, tmp_path):
+    model = _write_model(tmp_path / "model", "F8_E4M3", expert_dtype=...)
+    said = refuse(Machine(_gpus(1)), str(model), [], {"HOPPER_MOE_KERNEL": "mxfp4_mega"})
+    assert "experts are fp8, but mxfp4_mega serves fp4" in said
 
 
 def test_bad_folders(refuse, tmp_path):

@@ -60,6 +60,8 @@ def test_flash_experts_take_the_bytes_of_the_format():
     """One MXFP4 expert is 3*H*I*(1/2 + 1/32) bytes (kernels.md section 2); packing adds one base byte per row and no more."""
     per_expert = 3 * 4096 * 2048 * (1 / 2 + 1 / 32) + 2 * 2048 + 4096
     assert expert_bytes_per_rank(FLASH, 8, 2048) == 43 * 32 * per_expert
+    fp8 = 3 * 4096 * 2048 + 2 * 32 * 16 * 16  # the block scales: gate and up in one, four FP32 each
+    assert expert_bytes_per_rank(FLASH, 8, 2048, "fp8") == 43 * 32 * fp8
 
 
 def test_preflight_on_eight_h200():
@@ -192,7 +194,7 @@ def test_doctor_is_right_on_this_machine(model):
     "environ, subject",
     [
         ({"SGLANG_PLUGINS": "other"}, "plugin"),
-        ({"HOPPER_MOE_KERNEL": "fp8_mega"}, "kernel"),
+        ({"HOPPER_MOE_KERNEL": "w4a16", "HOPPER_MOE_FP8_COMBINE": "1"}, "kernel"),
         ({"HOPPER_MOE_TYPO": "1"}, "environment"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -12,6 +12,7 @@ from hopper_moe.quantization.packing import PackedExperts
 if TYPE_CHECKING:
     from hopper_moe.kernels.mega_moe import MegaMoE
     from hopper_moe.moe_backends.base import ExpertShard
+    from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 
 @functools.cache
@@ -24,6 +25,7 @@ def _kernel(
     num_local_experts: int,
     top_k: int,
     device: torch.device,
+    weights: type[PackedExperts] | type[PackedFp8Experts],
 ) -> MegaMoE:
     """One kernel object, and so one workspace, for all layers of the same shape."""
     from hopper_moe.kernels.mega_moe import MegaMoE
@@ -37,15 +39,16 @@ def _kernel(
         num_local_experts=num_local_experts,
         top_k=top_k,
         device=device,
+        weights=weights,
     )
 
 
 class Mxfp4MegaRunner:
     """`ExpertRunner` over `hopper_moe.kernels.mega_moe`."""
 
-    experts_type = PackedExperts
+    experts_type: ClassVar[type[PackedExperts] | type[PackedFp8Experts]] = PackedExperts
 
-    def prepare(self, experts: PackedExperts, shard: ExpertShard) -> None:
+    def prepare(self, experts: PackedExperts | PackedFp8Experts, shard: ExpertShard) -> None:
         """See `ExpertRunner.prepare`. The first layer of a shape compiles the kernel (if it was not before) and takes the
         workspace."""
         self._packed, self._swiglu_limit = experts, shard.swiglu_limit
@@ -58,6 +61,7 @@ class Mxfp4MegaRunner:
             shard.num_local_experts,
             shard.top_k,
             experts.device,
+            type(experts),
         )
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

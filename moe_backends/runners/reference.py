@@ -13,7 +13,7 @@ from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.packing import PackedExperts
 
 if TYPE_CHECKING:
-    from hopper_moe.kernels.reference_weights import Mxfp4Experts
+    from hopper_moe.kernels.reference_weights import Fp8BlockExperts, Mxfp4Experts
     from hopper_moe.moe_backends.base import ExpertShard
 
 _EXCHANGE_ROWS = 1024  # tokens whose slots exist at once while ranks exchange: bounds FP32 [rows, top_k, H]
@@ -24,7 +24,7 @@ class ReferenceRunner:
 
     experts_type = PackedExperts
 
-    def prepare(self, experts: PackedExperts | Mxfp4Experts, shard: ExpertShard) -> None:
+    def prepare(self, experts: PackedExperts | Mxfp4Experts | Fp8BlockExperts, shard: ExpertShard) -> None:
         if (experts.num_experts, experts.hidden_size, experts.intermediate_size) != (
             shard.num_local_experts,
             shard.hidden_size,

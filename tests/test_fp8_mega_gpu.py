@@ -1,0 +1,90 @@
+"""The fused kernel with FP8 weights against the FP64 reference, and its bits, on fresh random data in memory full of NaN.
+
+Weights are uniform random E4M3 bytes, so every code occurs and single products dominate some sums: one E4M3 step of h then shows more
+than with FP4 weights. Measured: 2e-3 to 8e-3, up to 1.6e-2 for a single token of a small layer.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from layer_compare import relative_l2
+from mega_moe_rig import Batch, Rig, make_rig
+
+from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape
+from hopper_moe.kernels.mega_moe import MegaMoE
+from hopper_moe.kernels.tile_table import TILES, forced_tile
+from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
+
+pytestmark = pytest.mark.gpu
+
+MAX_ERROR, MIN_COSINE = 1.5e-2, 0.9999
+MAX_ERROR_FEW, MIN_COSINE_FEW = 3e-2, 0.9995  # below 8 tokens
+# Shape, experts. One k block; an odd number of everything; the real ones with fewer experts.
+LAYERS = {
+    "tiny": (ModelShape(128, 128, 4, 2, 4), 4),
+    "small": (ModelShape(512, 256, 8, 2, 8), 8),
+    "odd": (ModelShape(640, 384, 7, 3, 7, 2.0), 7),
+    "flash": (SHAPES["flash"], 32),
+    "v3": (SHAPES["v3"], 16),
+}
+CAPACITY = 600
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def rig(request) -> Rig:
+    return make_rig(int(os.environ["TEST_SEED"]), *LAYERS[request.param], CAPACITY, weights=PackedFp8Experts)
+
+
+def assert_is(got: torch.Tensor, want: torch.Tensor) -> None:
+    few = want.shape[0] < 8
+    error = relative_l2(got, want)
+    cosine = torch.nn.functional.cosine_similarity(got.double().flatten(), want.double().flatten(), dim=0).item()
+    assert torch.isfinite(got).all() and error <= (MAX_ERROR_FEW if few else MAX_ERROR), f"relative L2 {error:.2e}"
+    assert cosine >= (MIN_COSINE_FEW if few else MIN_COSINE) or not want.any(), f"cosine {cosine}"
+
+
+@pytest.mark.parametrize("routing", ["uniform", "one_hot"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 8, 9, 31, 64, 129, 300, 600])
+def test_the_layer(rig, num_tokens, routing):
+    batch = rig.batch(num_tokens, routing)
+    y = rig.run(batch)
+    assert y.shape == batch.x.shape
+    if num_tokens:
+        assert_is(y, rig.reference(batch))
+
+
+def test_masked_tokens_are_zeros_and_the_next_call_is_right(rig):
+    batch = rig.batch(64)
+    batch.topk_ids.fill_(-1)
+    assert not rig.run(batch).any()
+    batch = rig.batch(64)
+    assert_is(rig.run(batch), rig.reference(batch))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40, 300])
+def test_bits_do_not_depend_on_tile_batch_or_repetition(rig, num_tokens):
+    batch = rig.batch(num_tokens)
+    want = rig.run(batch)
+    for tile in TILES:
+        assert torch.equal(rig.with_tiles(forced_tile(tile), CAPACITY).run(batch), want), f"tile {tile} gives other bits"
+    assert all(torch.equal(rig.run(batch, poison=False), want) for _ in range(20))
+    for begin in {0, num_tokens // 2, num_tokens - 1}:
+        rows = slice(begin, begin + 1)
+        assert torch.equal(rig.run(batch.rows(rows)), want[rows]), f"row {begin} alone has other bits"
+    order = torch.randperm(num_tokens, device="cuda", generator=rig.generator)
+    assert torch.equal(rig.run(Batch(batch.x[order], batch.topk_ids[order], batch.topk_weights[order])), want[order])
+
+
+def test_the_other_format_is_refused(rig):
+    shape = rig.shape
+    fp4 = MegaMoE(
+        num_tokens_capacity=8, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+        num_experts=rig.mm.num_experts, top_k=shape.top_k,
+    )  # fmt: skip
+    batch = rig.batch(4)
+    with pytest.raises(Refusal, match="the experts are PackedFp8Experts, this MegaMoE was made for weights=PackedExperts"):
+        fp4(batch.x, batch.topk_ids, batch.topk_weights, rig.packed, swiglu_limit=None)
