@@ -34,7 +34,7 @@ MAX_DELTA = 11  # octaves between a row's smallest and largest scale that E4M3 s
 BASE_SHIFT = 5  # the decoded weight is e2m1 * 2**(delta - BASE_SHIFT), its row factor 2**(base + BASE_SHIFT - 127)
 MAX_BASE = 254 - BASE_SHIFT  # beyond it the row factor is no finite FP32 number
 
-# Packed FP8 weights (contract section 5).
+# Packed FP8 weights (contract section 5): units in the 128-byte swizzle of WGMMA's shared-memory operands.
 FP8_UNIT_BYTES = UNIT_ROWS * UNIT_K
 FP8_SCALES_PER_BLOCK = 4  # FP32 a row tile of 128 and k block: low rows' scale, high rows' scale, two zeros (a bulk copy is 16 bytes)
 
