@@ -32,6 +32,7 @@ from hopper_moe.launch.cpu_host_model import load
 from hopper_moe.launch.demo import tiny_model
 
 MARGIN = 0.01
+CONCURRENCY = 128  # the host batches prompts of equal length only: more waiting, larger batches
 NAMES = {
     "reference": "reference (W4A8)",
     "w4a16": "w4a16 (no activation quantisation)",
@@ -63,7 +64,13 @@ def run_all(model: Path, out: Path, num_examples: int | None, data: Path | None 
         folder = out / kernel.replace(" ", "-")
         with serving(engine, kernel) as base_url:
             status, _ = run_benchmark(
-                "word_problems", base_url, out=folder, num_examples=num_examples, recorded_url="own", data=data
+                "word_problems",
+                base_url,
+                out=folder,
+                num_examples=num_examples,
+                recorded_url="own",
+                data=data,
+                concurrency=CONCURRENCY,
             )
         if status:
             raise SystemExit(status)

@@ -26,3 +26,16 @@ def shared_key_attention(
 
 AttentionInterface.register(NAME, shared_key_attention)
 AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def leave_out_empty_heads(model) -> None:
+    """Remove attention heads whose output meets zeros only, in place: models padded to a kernel's head count have them."""
+    groups, width = model.config.o_groups, model.config.head_dim
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        out = attention.o_a_proj.weight.data.unflatten(1, (-1, width)).unflatten(0, (groups, -1))  # [groups, rank, heads, width]
+        used = (out != 0).any(3).any(1).any(0)
+        attention.o_a_proj.weight.data = out[:, :, used].flatten(2).flatten(0, 1)
+        attention.q_b_proj.weight.data = attention.q_b_proj.weight.data.view(groups, len(used), width, -1)[:, used].flatten(0, 2)
+        attention.sinks.data = attention.sinks.data.view(groups, -1)[:, used].flatten()
+        attention.num_heads = attention.num_key_value_groups = attention.sinks.numel()

@@ -50,6 +50,7 @@ def load(folder: str | Path, kernel: str):
     # transformers keeps norms in FP32 but dequantises to BF16 whatever dtype is asked for; mixed types fail in the first matmul.
     model = model.float().eval()
     model.set_attn_implementation(cpu_host_attention.NAME)
+    cpu_host_attention.leave_out_empty_heads(model)
     if kernel == TRANSFORMERS:
         model.set_experts_implementation("grouped_mm")
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hopper_moe.eval.benchmarks import DATA
 from hopper_moe.eval.gpu_model import fake_quant, train
@@ -137,6 +138,17 @@ def test_committed_questions_are_held_out_and_reproducible() -> None:
     again = question_set(provenance["seed"], provenance["count"], provenance["mix"])
     assert [(r["problem"], r["expected_answer"]) for r in rows] == [(p.question, str(p.answer)) for p in again]
     assert len(rows) >= 1000 and all(is_held_out(r["problem"]) for r in rows)
+
+
+def test_cpu_host_reads_shared_keys_and_leaves_out_empty_heads_exactly(seed: int) -> None:
+    ours, _ = load(MODEL, "transformers")
+    whole = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).float().eval()
+    assert ours.model.layers[0].self_attn.num_heads == 16 and whole.model.layers[0].self_attn.num_heads == 64
+    for length in (1, 50, 140):
+        ids = torch.randint(7, 500, (2, length), generator=torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            got, want = (model(ids, use_cache=False).logits for model in (ours, whole))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
 
 
 def test_committed_model_answers_on_the_cpu_host() -> None:

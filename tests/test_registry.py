@@ -25,7 +25,7 @@ def test_auto_takes_the_best_that_runs_and_logs_why(capability, kernel, caplog):
     assert choice.spec.name == kernel
     assert [record.getMessage() for record in caplog.records] == [f"kernel {kernel}: {choice.reason}"]
     if kernel == "reference":
-        assert "mxfp4_mega (needs compute capability 9.0" in choice.reason
+        assert "mxfp4_mega, fp8_mega, w4a16 (needs compute capability 9.0" in choice.reason
 
 
 def test_auto_stays_within_what_older_switches_allow():

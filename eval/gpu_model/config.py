@@ -1,4 +1,4 @@
-"""Shape of the GPU model: the smallest DeepSeek-V4 that stock SGLang 0.5.17 and 0.5.23 serve on SM90. eval/data/gpu_dsv4/README.md says why."""
+"""Shape of the GPU model: about the smallest DeepSeek-V4 that stock SGLang serves; eval/data/gpu_dsv4/README.md says why."""
 
 from __future__ import annotations
 

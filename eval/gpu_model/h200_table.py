@@ -70,6 +70,7 @@ def score(server: Server, name: str, sabotage: bool, out: Path, num_examples: in
 @click.option("--model", default=MODEL, type=click.Path(path_type=Path))
 @click.option("--data", default=QUESTIONS, type=click.Path(path_type=Path))
 @click.option("--sabotage-with", help="Kernel that serves the sabotaged checkpoints  [default: the second of --kernels].")
+@click.option("--sabotages/--no-sabotages", "with_sabotages", default=True, show_default=True)
 @click.option("--num-examples", type=click.IntRange(1), help="Only the first N questions.")
 @click.option("--ready-timeout", default=900.0, show_default=True, help="Seconds until every server must answer.")
 @click.option("--readme", default=README, type=click.Path(path_type=Path))
@@ -80,6 +81,7 @@ def main(
     model: Path,
     data: Path,
     sabotage_with: str | None,
+    with_sabotages: bool,
     num_examples: int | None,
     ready_timeout: float,
     readme: Path,
@@ -88,7 +90,7 @@ def main(
 ) -> None:
     names = kernels.split(",")
     jobs = {name: (model, name) for name in names}
-    wrong = sabotages(json.loads((model / "config.json").read_text())["routed_scaling_factor"])
+    wrong = list(sabotages(1.0)) if with_sabotages else []
     for name in wrong:
         folder = out / "checkpoints" / name.replace(" ", "-")
         jobs[name] = (folder if folder.exists() else sabotaged_checkpoint(model, folder, name), sabotage_with or names[1])
