@@ -29,7 +29,7 @@ class FailureRecord:
     """Pinned host memory that one rank's kernels report to. `watch`: log the report as soon as it comes."""
 
     def __init__(self, rank: int, timeout_s: float, watch: bool) -> None:
-        self._words = torch.zeros(len(_FIELDS), dtype=torch.int32, pin_memory=True)
+        self._words = torch.zeros(len(_FIELDS), dtype=torch.int32, pin_memory=torch.cuda.is_available())
         self._rank, self._timeout_s = rank, timeout_s
         if watch:
             threading.Thread(target=_watch, args=(weakref.ref(self),), name="hopper_moe-peers", daemon=True).start()

@@ -133,8 +133,10 @@ class MegaMoE:
         self.num_experts, self.num_local_experts, self.first_expert = num_experts, num_local_experts, first_expert
         self.capacity = num_tokens_capacity
         self.tiles = tiles if tiles is not None else table_for(properties.name)
+        self._tile_list = self.tiles.as_list()
         self._num_sms = properties.multi_processor_count
-        self._weights, self._library = weights, jit.load(weights.library)
+        self._weights, library = weights, jit.load(weights.library)
+        self._pre_dispatch, self._mega_moe = library["pre_dispatch"], library["mega_moe"]
         if group is not None:
             check_group(group, self.device, num_experts)
         if wave_rows is None:
@@ -195,13 +197,13 @@ class MegaMoE:
             return y
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            self._library["pre_dispatch"](
+            self._pre_dispatch(
                 self._shape, self.workspace.data_ptr(), hidden_states.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(),
                 0 if num_valid_tokens is None else num_valid_tokens.data_ptr(), routed_scaling_factor, num_tokens, num_tokens,
                 *self._id_range, stream,
             )  # fmt: skip
-            self._library["mega_moe"](
-                self._shape, self.buffer.rank_bases, self.tiles.as_list(), *(t.data_ptr() for t in packed.tensors), y.data_ptr(),
+            self._mega_moe(
+                self._shape, self.buffer.rank_bases, self._tile_list, *(t.data_ptr() for t in packed.tensors), y.data_ptr(),
                 float("inf") if swiglu_limit is None else swiglu_limit, num_tokens, layer, self._timeout_ns, self.failure.address,
                 self._num_sms, stream,
             )  # fmt: skip

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,45 +19,59 @@ from hopper_moe.moe_backends.errors import Refusal
 MAX_RANKS = 8  # kMaxRanks in csrc/layout.cuh
 
 
+@dataclass(frozen=True)
+class RankPlace:
+    """Where a rank runs: its host, its GPU, and the visible GPUs that this GPU cannot access (UUIDs)."""
+
+    host: str
+    uuid: str
+    unreachable: tuple[str, ...]
+
+
 def check_group(group: dist.ProcessGroup, device: torch.device, num_experts: int) -> None:
     """Raises Refusal, on every rank alike, unless the group's GPUs are distinct, on one host and peers of each other.
 
     Collective: every rank of `group` calls it. Takes no device memory.
     """
-    num_ranks = dist.get_world_size(group)
+    mine = RankPlace(socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid), _unreachable(device))
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    check_places(everyone, num_experts)
+
+
+def check_places(everyone: Sequence[RankPlace], num_experts: int) -> None:
+    """`check_group` once every rank's place is known, in rank order."""
+    num_ranks = len(everyone)
     if num_ranks > MAX_RANKS:
         raise Refusal(
             f"{num_ranks} expert-parallel ranks are above the {MAX_RANKS} that the fused exchange serves: use --ep-size {MAX_RANKS} or less."
         )
     if num_experts % num_ranks:
         raise Refusal(f"{num_experts} experts do not divide into {num_ranks} expert-parallel ranks: choose a number that divides them.")
-    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid), _unreachable(device))
-    everyone: list = [None] * num_ranks
-    dist.all_gather_object(everyone, mine, group=group)
-    hosts = sorted({host for host, _, _ in everyone})
+    hosts = sorted({place.host for place in everyone})
     if len(hosts) > 1:
         raise Refusal(
             f"the expert-parallel group spans {len(hosts)} hosts ({', '.join(hosts)}), but the fused exchange reaches GPUs of one NVLink "
             "domain only: use one expert-parallel group per host."
         )
     owner: dict[str, int] = {}
-    for rank, (_, uuid, _) in enumerate(everyone):
-        if uuid in owner:
-            raise Refusal(f"ranks {owner[uuid]} and {rank} share GPU {uuid}: the fused exchange needs one GPU per rank.")
-        owner[uuid] = rank
-    for rank, (_, _, unreachable) in enumerate(everyone):
-        for uuid in unreachable:
+    for rank, place in enumerate(everyone):
+        if place.uuid in owner:
+            raise Refusal(f"ranks {owner[place.uuid]} and {rank} share GPU {place.uuid}: the fused exchange needs one GPU per rank.")
+        owner[place.uuid] = rank
+    for rank, place in enumerate(everyone):
+        for uuid in place.unreachable:
             if uuid in owner:
                 raise Refusal(
                     f"rank {rank}'s GPU cannot access that of rank {owner[uuid]} (no NVLink peer access): the fused exchange needs GPUs "
-                    "that reach each other; use HOPPER_MOE_KERNEL with SGLang's own exchange (--moe-a2a-backend none)."
+                    "that reach each other: choose other GPUs, or HOPPER_MOE_KERNEL=w4a16, whose tokens SGLang's collectives move."
                 )
 
 
-def _unreachable(device: torch.device) -> list[str]:
+def _unreachable(device: torch.device) -> tuple[str, ...]:
     """UUIDs of this process's visible GPUs without peer access from `device`. GPUs hidden from this process are found at rendezvous."""
     others = (i for i in range(torch.cuda.device_count()) if i != device.index)
-    return [str(torch.cuda.get_device_properties(i).uuid) for i in others if not torch.cuda.can_device_access_peer(device.index, i)]
+    return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in others if not torch.cuda.can_device_access_peer(device.index, i))
 
 
 class SymmetricBuffer:
