@@ -84,6 +84,8 @@ _SPECS = (
         "fp8",
         HOPPER,
         max_experts=400,
+        multi_rank=True,
+        options=EXCHANGE_OPTIONS,
     ),
     KernelSpec(
         "w4a16",

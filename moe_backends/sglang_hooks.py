@@ -61,9 +61,10 @@ def kernel_for(args: Any, model: ModelFacts) -> KernelSpec:
         layer=arguments.layer_shape(args, model, settings()),
         prefill_only=args.disaggregation_mode == "prefill",
     )
-    # What was declared before the model was known depends on these two.
-    declared_alike = (choice.spec.multi_rank, choice.spec.capturable) == (early.multi_rank, early.capturable)
-    return choice.spec if declared_alike else early
+    # What was declared before the model was known depends on graphs and, if ranks have their own tokens, on who exchanges them.
+    exchanges = compat.attn_dp_size(args) > 1 or args.moe_a2a_backend == "megamoe"
+    other_exchange = exchanges and choice.spec.multi_rank != early.multi_rank
+    return early if other_exchange or choice.spec.capturable != early.capturable else choice.spec
 
 
 # ---- resolving the command line

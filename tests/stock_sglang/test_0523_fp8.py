@@ -112,10 +112,12 @@ def test_fp8_experts_need_the_fp8_kernel(fp8_model):
     with pytest.raises(Refusal, match="experts are fp8, but mxfp4_mega serves fp4"):
         stock.resolve(fp8_model)
     os.environ["HOPPER_MOE_KERNEL"] = "auto"
-    stock.resolve(fp8_model)
     from hopper_moe.moe_backends.arguments import ServingPlan
 
-    assert ServingPlan.read(os.environ).kernel == "fp8_mega"
+    for argv, exchange in ((), "none"), (("--tp-size", "4", "--attn-dp-size", "4", "--ep-size", "4"), "megamoe"):
+        stock.resolve(fp8_model, *argv)
+        plan = ServingPlan.read(os.environ)
+        assert (plan.kernel, plan.exchange) == ("fp8_mega", exchange)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,9 @@ def test_graphs_stay_on_for_the_fused_kernel(model):
 def test_auto_takes_the_fused_kernel_on_sm90(model):
     os.environ["HOPPER_MOE_KERNEL"] = "auto"
     stock.resolve(model, "--tp-size", "4", "--attn-dp-size", "4", "--ep-size", "4")
-    assert plan()["kernel"] == "mxfp4_mega" and plan()["exchange"] == "none", "it does not exchange tokens in this release"
+    assert plan()["kernel"] == "mxfp4_mega" and plan()["exchange"] == "megamoe", "ranks with their own tokens: the kernel moves them"
+    stock.resolve(model, "--tp-size", "4", "--ep-size", "4")
+    assert plan()["kernel"] == "mxfp4_mega" and plan()["exchange"] == "none", "every rank sees every token: nothing to move"
 
 
 def test_the_budget_is_not_divided_twice(model):
@@ -200,7 +202,7 @@ def test_only_the_draft_on_this_backend_is_refused(model):
         ({"SGLANG_DSV4_FP4_DEQUANT": "1"}, (), "contradict each other"),
         ({"HOPPER_MOE_INEXACT_ROWS": "round"}, (), "'round' is not a rule for inexact rows"),
         (
-            {"HOPPER_MOE_KERNEL": "mxfp4_mega"},
+            {"HOPPER_MOE_KERNEL": "w4a16"},
             ("--tp-size", "8", "--moe-a2a-backend", "megamoe"),
             "with 8 ranks needs a kernel that exchanges tokens itself",
         ),
