@@ -1,8 +1,8 @@
 """What a rank says when a peer did not come in time: the host's side of `PeerFailure` in csrc/layout.cuh.
 
-The kernel writes the record into pinned host memory and then ends its CUDA context (a trap): nothing computed with half of the ranks
-can reach anybody. The record outlives the context. Whatever the process does next with CUDA fails with a message that knows nothing
-of ranks, so a thread watches the record and logs the sentence that does.
+The kernel writes the record into pinned host memory and then ends its CUDA context (a trap): nothing computed with half of the
+ranks can reach anybody. The record outlives the context. Whatever the process does next with CUDA fails with a message that
+knows nothing of ranks, so a thread watches the record and logs the sentence that does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class FailureRecord:
             return None
         where = f"layer {layer}" if layer >= 0 else "a layer without a number"
         return (
-            f"rank {self._rank} waited {self._timeout_s:g} s for rank {missing_rank} in {where} (launch {launch}): {_STEPS[step]} "
+            f"rank {self._rank} waited {self._timeout_s:g} s for rank {missing_rank} in {where} (launch {launch}): "
+            f"{_STEPS[step]} "
             f"did not arrive; look for that rank's own error, or raise HOPPER_MOE_TIMEOUT_S if it was only slow."
         )
 

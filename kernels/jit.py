@@ -1,6 +1,7 @@
 """Compiles the CUDA sources once per machine and loads them (apache-tvm-ffi).
 
-A compiled library lives in `<cache dir>/<name>-<key>/`, where the key hashes every source, the flags, the constants of the layout,
+A compiled library lives in `<cache dir>/<name>-<key>/`, where the key hashes every source, the flags, the constants of the
+layout,
 the compiler and the tvm-ffi version. A build happens in a temporary folder beside it that is renamed into place, so any number of
 processes may race: all of them end with the same folder and nobody loads a half-written file.
 """
@@ -48,7 +49,9 @@ def find_nvcc() -> Path:
     """The CUDA compiler: on PATH, or under CUDA_HOME. Raises Refusal when there is none."""
     found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
     if found is None:
-        raise Refusal("no nvcc on PATH or under CUDA_HOME: install the CUDA 13 toolkit, or run `hopper-moe kernels build` where one is.")
+        raise Refusal(
+            "no nvcc on PATH or under CUDA_HOME: install the CUDA 13 toolkit, or run `hopper-moe kernels build` where one is."
+        )
     return Path(found)
 
 
@@ -83,7 +86,8 @@ def library_path(library: Library) -> Path:
 
 def _nvcc(library: Library, output: Path, *options: str) -> str:
     """Compiles a library's source to `output`; what the compiler said. Raises RuntimeError with its words if it fails."""
-    command = [str(find_nvcc()), *FLAGS, *include_flags(), *library.defines, *options, "-o", str(output), str(SOURCE_DIR / library.source)]
+    flags = (*FLAGS, *include_flags(), *library.defines, *options)
+    command = [str(find_nvcc()), *flags, "-o", str(output), str(SOURCE_DIR / library.source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc could not compile {library.source}:\n{done.stderr[-4000:]}")
@@ -91,7 +95,8 @@ def _nvcc(library: Library, output: Path, *options: str) -> str:
 
 
 def build(name: str) -> Path:
-    """Compiles one library unless the cache has it; returns its path. Raises RuntimeError with the compiler's words if it fails."""
+    """Compiles one library unless the cache has it; returns its path. Raises RuntimeError with the compiler's words if it
+    fails."""
     library = LIBRARIES[name]
     target = library_path(library)
     if target.exists():

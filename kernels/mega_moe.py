@@ -15,12 +15,12 @@ from hopper_moe.quantization import layout
 from hopper_moe.quantization.packing import PackedExperts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
-
 # Order of the byte offsets that the library's workspace_layout returns (struct Workspace in csrc/layout.cuh).
 _WORKSPACE_FIELDS = (
-    "epoch", "exit_count", "gave_up", "arrived", "results_sent", "received_count", "expert_load", "expert_count", "x_ready", "h_ready",
-    "group_done", "group_claimed", "next_task", "control_bytes", "slot_list", "x", "x_exponent", "x_scale", "topk_ids", "topk_weights",
-    "combine", "combine_scale",
+    "epoch", "exit_count", "gave_up", "arrived", "results_sent", "received_count", "expert_load", "expert_count",
+    "x_ready", "h_ready",
+    "group_done", "group_claimed", "next_task", "control_bytes", "slot_list", "x", "x_exponent", "x_scale", "topk_ids",
+    "topk_weights", "combine", "combine_scale",
     "pool_x", "pool_x_scale", "pool_weight", "pool_slot", "pool_h", "pool_h_scale", "num_bytes",
 )  # fmt: skip
 MAX_EXPERTS = 400  # kMaxExperts in csrc/layout.cuh: what the table in shared memory holds
@@ -33,8 +33,8 @@ def _workspace_offsets(shape: list[int], library: str = PackedExperts.library) -
 
 
 def _wave_rows(num_ranks: int, capacity: int, top_k: int, num_local_experts: int) -> int:
-    """Pool rows of one wave: everything one rank can bring, or with several ranks 1.5 times a balanced share of a full batch, so that the
-    pools do not grow with the number of ranks; a launch that sends more rows here runs in several waves."""
+    """Pool rows of one wave: everything one rank can bring, or with several ranks 1.5 times a balanced share of a full batch,
+    so that the pools do not grow with the number of ranks; a launch that sends more rows here runs in several waves."""
     slots = capacity * top_k
     most = slots if num_ranks == 1 else min(num_ranks * slots, slots + slots // 2)
     return -(-most // layout.ROW_BLOCK) * layout.ROW_BLOCK + num_local_experts * layout.ROW_BLOCK
@@ -52,7 +52,8 @@ def workspace_bytes(
     fp8_combine: bool = False,
     fp4_dispatch: bool = False,
 ) -> int:
-    """Bytes of device memory that a `MegaMoE` of these sizes takes besides the weights. Compiles the library if need be; needs no GPU."""
+    """Bytes of device memory that a `MegaMoE` of these sizes takes besides the weights. Compiles the library if need be; needs
+    no GPU."""
     wave_rows = _wave_rows(num_ranks, num_tokens_capacity, top_k, num_local_experts)
     shape = [
         hidden_size, intermediate_size, top_k, num_experts, num_local_experts, 0, num_ranks, 0, num_tokens_capacity, wave_rows,
@@ -64,9 +65,10 @@ def workspace_bytes(
 class MegaMoE:
     """Workspace and launch of the fused kernel for one shape; shared by all layers of a model.
 
-    With a `group` every rank brings its own tokens and holds `num_experts / num_ranks` experts; one launch moves rows and results between
-    the ranks. All ranks then construct it together and make the same sequence of calls, those without tokens too. A peer that does
-    not come within `timeout_s` ends the process's CUDA context; `failure.check()`, and every later call, raise `PeerTimeout`.
+    With a `group` every rank brings its own tokens and holds `num_experts / num_ranks` experts; one launch moves rows and
+    results between the ranks. All ranks then construct it together and make the same sequence of calls, those without tokens
+    too. A peer that does not come within `timeout_s` ends the process's CUDA context; `failure.check()`, and every later call,
+    raise `PeerTimeout`.
 
     Calls are CUDA-graph capturable: no allocation besides the output, no host synchronisation, fixed addresses.
     All calls on one object must be ordered on one stream (or by events): they share the workspace.
@@ -102,12 +104,13 @@ class MegaMoE:
             fp8_combine: expert outputs travel as E4M3 with one scale per 128 columns (contract section 1, options).
             fp4_dispatch: tokens travel as E2M1 with one exponent per 32 features (same place).
             timeout_s: how long a kernel waits for a peer.
-            wave_rows: rows the pools hold, a multiple of 128; default: enough for all rows of one rank, 1.5 balanced shares of several.
-                Results do not depend on it.
+            wave_rows: rows the pools hold, a multiple of 128; default: enough for all rows of one rank, 1.5 balanced shares of
+                several. Results do not depend on it.
             weights: the format of the experts that calls bring.
 
         Raises:
-            Refusal: sizes the kernel is not built for, a device that is no SM90 GPU, or a group whose GPUs cannot reach each other.
+            Refusal: sizes the kernel is not built for, a device that is no SM90 GPU, or a group whose GPUs cannot reach each
+            other.
         """
         layout.check_shape(hidden_size, intermediate_size, num_experts, top_k)
         num_ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
@@ -145,8 +148,8 @@ class MegaMoE:
             raise Refusal(f"wave_rows {wave_rows} is not a positive multiple of {layout.ROW_BLOCK}.")
         # struct Shape in csrc/layout.cuh, in its order
         self._shape = [
-            hidden_size, intermediate_size, top_k, num_experts, num_local_experts, first_expert, num_ranks, rank, num_tokens_capacity,
-            wave_rows, int(fp8_combine), int(fp4_dispatch),
+            hidden_size, intermediate_size, top_k, num_experts, num_local_experts, first_expert, num_ranks, rank,
+            num_tokens_capacity, wave_rows, int(fp8_combine), int(fp4_dispatch),
         ]  # fmt: skip
         self.offsets = _workspace_offsets(self._shape, weights.library)
         self.num_bytes = self.offsets["num_bytes"]
@@ -210,7 +213,8 @@ class MegaMoE:
         return y
 
     def expert_load(self) -> torch.Tensor:
-        """int64 [num_local_experts]: slots that each local expert has computed since the workspace was made (a copy; EPLB's input)."""
+        """int64 [num_local_experts]: slots that each local expert has computed since the workspace was made (a copy; EPLB's
+        input)."""
         begin = self.offsets["expert_load"]
         return self.workspace[begin : begin + 8 * self.num_local_experts].view(torch.int64).clone()
 
@@ -233,15 +237,22 @@ class MegaMoE:
         if out is not None:
             wanted["out"] = (out, torch.bfloat16, (num_tokens, self.hidden_size))
         for name, (tensor, dtype, shape) in wanted.items():
-            if tensor.dtype is not dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != self.device:
+            if (
+                tensor.dtype is not dtype
+                or tuple(tensor.shape) != shape
+                or not tensor.is_contiguous()
+                or tensor.device != self.device
+            ):
                 raise Refusal(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, not a contiguous {dtype} {list(shape)} on {self.device}."
+                    f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, not a contiguous {dtype} "
+                    f"{list(shape)} on {self.device}."
                 )
         if type(packed) is not self._weights:
             raise Refusal(f"the experts are {type(packed).__name__}, this MegaMoE was made for weights={self._weights.__name__}.")
         mine = (self.num_local_experts, self.hidden_size, self.intermediate_size, self.device)
         if (packed.num_experts, packed.hidden_size, packed.intermediate_size, packed.device) != mine:
             raise Refusal(
-                f"the packed experts are {packed.num_experts} x (hidden {packed.hidden_size}, intermediate {packed.intermediate_size}) on "
+                f"the packed experts are {packed.num_experts} x (hidden {packed.hidden_size}, intermediate "
+                f"{packed.intermediate_size}) on "
                 f"{packed.device}, this MegaMoE is for {mine[0]} x ({mine[1]}, {mine[2]}) on {mine[3]}."
             )

@@ -44,40 +44,52 @@ def check_places(everyone: Sequence[RankPlace], num_experts: int) -> None:
     num_ranks = len(everyone)
     if num_ranks > MAX_RANKS:
         raise Refusal(
-            f"{num_ranks} expert-parallel ranks are above the {MAX_RANKS} that the fused exchange serves: use --ep-size {MAX_RANKS} or less."
+            f"{num_ranks} expert-parallel ranks are above the {MAX_RANKS} that the fused exchange serves: use --ep-size "
+            f"{MAX_RANKS} or less."
         )
     if num_experts % num_ranks:
-        raise Refusal(f"{num_experts} experts do not divide into {num_ranks} expert-parallel ranks: choose a number that divides them.")
+        raise Refusal(
+            f"{num_experts} experts do not divide into {num_ranks} expert-parallel ranks: choose a number that divides them."
+        )
     hosts = sorted({place.host for place in everyone})
     if len(hosts) > 1:
         raise Refusal(
-            f"the expert-parallel group spans {len(hosts)} hosts ({', '.join(hosts)}), but the fused exchange reaches GPUs of one NVLink "
+            f"the expert-parallel group spans {len(hosts)} hosts ({', '.join(hosts)}), but the fused exchange reaches GPUs "
+            f"of one NVLink "
             "domain only: use one expert-parallel group per host."
         )
     owner: dict[str, int] = {}
     for rank, place in enumerate(everyone):
         if place.uuid in owner:
-            raise Refusal(f"ranks {owner[place.uuid]} and {rank} share GPU {place.uuid}: the fused exchange needs one GPU per rank.")
+            raise Refusal(
+                f"ranks {owner[place.uuid]} and {rank} share GPU {place.uuid}: the fused exchange needs one GPU per rank."
+            )
         owner[place.uuid] = rank
     for rank, place in enumerate(everyone):
         for uuid in place.unreachable:
             if uuid in owner:
                 raise Refusal(
-                    f"rank {rank}'s GPU cannot access that of rank {owner[uuid]} (no NVLink peer access): the fused exchange needs GPUs "
-                    "that reach each other: choose other GPUs, or HOPPER_MOE_KERNEL=w4a16, whose tokens SGLang's collectives move."
+                    f"rank {rank}'s GPU cannot access that of rank {owner[uuid]} (no NVLink peer access): the fused "
+                    f"exchange needs GPUs "
+                    "that reach each other: choose other GPUs, or HOPPER_MOE_KERNEL=w4a16, whose tokens SGLang's "
+                    "collectives move."
                 )
 
 
 def _unreachable(device: torch.device) -> tuple[str, ...]:
-    """UUIDs of this process's visible GPUs without peer access from `device`. GPUs hidden from this process are found at rendezvous."""
+    """UUIDs of this process's visible GPUs without peer access from `device`. GPUs hidden from this process are found at
+    rendezvous."""
     others = (i for i in range(torch.cuda.device_count()) if i != device.index)
-    return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in others if not torch.cuda.can_device_access_peer(device.index, i))
+    return tuple(
+        str(torch.cuda.get_device_properties(i).uuid) for i in others if not torch.cuda.can_device_access_peer(device.index, i)
+    )
 
 
 class SymmetricBuffer:
     """`num_bytes` of device memory here, and the addresses of the same buffer on all ranks.
 
-    Without a group: ordinary memory of one rank. Collective with one: all ranks construct and destroy it together, with equal sizes.
+    Without a group: ordinary memory of one rank. Collective with one: all ranks construct and destroy it together, with equal
+    sizes.
     """
 
     def __init__(self, num_bytes: int, device: torch.device, group: dist.ProcessGroup | None) -> None:
@@ -93,7 +105,9 @@ class SymmetricBuffer:
         self._handle = symmetric_memory.rendezvous(self.tensor, group)
         self.rank, self.rank_bases = self._handle.rank, list(self._handle.buffer_ptrs)
         if self.rank_bases[self.rank] != self.tensor.data_ptr():
-            raise RuntimeError("torch's symmetric memory gave this rank another address than its own tensor: report this torch version.")
+            raise RuntimeError(
+                "torch's symmetric memory gave this rank another address than its own tensor: report this torch version."
+            )
 
     @property
     def num_ranks(self) -> int:

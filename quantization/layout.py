@@ -36,7 +36,7 @@ MAX_BASE = 254 - BASE_SHIFT  # beyond it the row factor is no finite FP32 number
 
 # Packed FP8 weights (contract section 5): units in the 128-byte swizzle of WGMMA's shared-memory operands.
 FP8_UNIT_BYTES = UNIT_ROWS * UNIT_K
-FP8_SCALES_PER_BLOCK = 4  # FP32 a row tile of 128 and k block: low rows' scale, high rows' scale, two zeros (a bulk copy is 16 bytes)
+FP8_SCALES_PER_BLOCK = 4  # FP32 a row tile of 128 and k block: low rows' scale, high rows', two zeros (a bulk copy is 16 bytes)
 
 # Limits.
 DIM_MULTIPLE = 128

@@ -1,5 +1,5 @@
-"""Block-scaled FP8 experts <-> packed weights in swizzled units (`kernels/CONTRACT.md` section 5). CPU and CUDA, bit for bit, one expert
-at a time. Nothing is computed on the way: weight bytes and scales change places only.
+"""Block-scaled FP8 experts <-> packed weights in swizzled units (`kernels/CONTRACT.md` section 5). CPU and CUDA, bit for bit,
+one expert at a time. Nothing is computed on the way: weight bytes and scales change places only.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ class PackedFp8Experts:
         return cls(*(torch.empty(shape, dtype=dtype, device=device) for dtype, shape in shapes))
 
     def store(self, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
-        """Packs one expert's checkpoint tensors (no expert dim, rows `[w1; w3]`) into slot `expert`: FP8 with FP32 block scales, or
-        FP4, which is expanded. Raises Refusal for FP4 values that E4M3 cannot hold exactly (`fp8_blocks.expand_mxfp4`).
+        """Packs one expert's checkpoint tensors (no expert dim, rows `[w1; w3]`) into slot `expert`: FP8 with FP32 block
+        scales, or FP4, which is expanded. Raises Refusal for FP4 values that E4M3 cannot hold exactly
+        (`fp8_blocks.expand_mxfp4`).
         """
         if w13.dtype is not torch.float8_e4m3fn:
             w13, w13_scale = expand_mxfp4(w13, w13_scale)
@@ -145,8 +146,8 @@ def unpack_fp8_w2(packed: PackedFp8Experts, expert: int) -> tuple[torch.Tensor, 
 def check_fp8_shapes(
     w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
 ) -> tuple[int, int, int]:
-    """(num_experts, hidden_size, intermediate_size) of a layer's checkpoint tensors. Raises Refusal if types or shapes do not belong
-    together, or a size is no multiple of 128.
+    """(num_experts, hidden_size, intermediate_size) of a layer's checkpoint tensors. Raises Refusal if types or shapes do not
+    belong together, or a size is no multiple of 128.
     """
     if w13.dim() != 3:
         raise Refusal(f"w13 has shape {list(w13.shape)}, not [experts, rows, columns]: stack the experts.")

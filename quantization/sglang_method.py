@@ -136,7 +136,8 @@ class HopperMoEMethod(FusedMoEMethodBase):
         """What this layer must give, from the tensors as they were loaded; None: a layer of its kind was checked before."""
         if not settings().self_check or not self_check.is_first(self._kernel.name, self._shard):
             return None
-        stored = Mxfp4Experts if layer.w13_weight.dtype is torch.int8 else Fp8BlockExperts  # FP4 may be expanded for an FP8 kernel
+        # FP4 experts may be expanded for an FP8 kernel.
+        stored = Mxfp4Experts if layer.w13_weight.dtype is torch.int8 else Fp8BlockExperts
         checkpoint = stored(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
         return self_check.expect(self._kernel.name, checkpoint, self._shard, layer.w13_weight.device, self._group(layer))
 

@@ -48,7 +48,8 @@ class SpreadLayer:
         self.random = random.Random(seed + 1 + self.rank)
 
     def batch(self, num_tokens: int, routing: str = "uniform") -> Batch:
-        """Fresh tokens of this rank, some slots masked. "to_rank_0": rank 0's experts only; "one_expert": one expert in every slot."""
+        """Fresh tokens of this rank, some slots masked. "to_rank_0": rank 0's experts only; "one_expert": one expert in every
+        slot."""
         shape = self.shape
         kind = routing if routing in ("uniform", "zipf", "one_hot") else "uniform"
         ids, weights = random_routing(num_tokens, shape.num_experts, shape.top_k, kind, self.generator)
@@ -71,7 +72,8 @@ class SpreadLayer:
     def run(self, mm: MegaMoE, packed: PackedExperts, batch: Batch, **options) -> torch.Tensor:
         y = torch.full_like(batch.x, float("nan"))
         mm(
-            batch.x, batch.topk_ids, batch.topk_weights, packed, swiglu_limit=self.shape.swiglu_limit, routed_scaling_factor=FACTOR,
+            batch.x, batch.topk_ids, batch.topk_weights, packed,
+            swiglu_limit=self.shape.swiglu_limit, routed_scaling_factor=FACTOR,
             out=y, **options,
         )  # fmt: skip
         return y
@@ -82,7 +84,8 @@ class SpreadLayer:
 
 
 def tokens_of(case: str, layer: SpreadLayer) -> int:
-    """Tokens of this rank: "ragged" a random number, "empty" none on odd ranks, "one" a single token on the last rank, or a number."""
+    """Tokens of this rank: "ragged" a random number, "empty" none on odd ranks, "one" a single token on the last rank, or a
+    number."""
     rank = layer.rank
     if case == "ragged":
         return layer.random.randint(0, CAPACITY)
@@ -93,12 +96,16 @@ def tokens_of(case: str, layer: SpreadLayer) -> int:
     return int(case)
 
 
-SCENARIOS = [(case, routing) for case in ("0", "1", "7", "ragged", "empty", "one", "512") for routing in ("uniform", "zipf", "one_hot", "to_rank_0")]
+SCENARIOS = [
+    (case, routing)
+    for case in ("0", "1", "7", "ragged", "empty", "one", "512")
+    for routing in ("uniform", "zipf", "one_hot", "to_rank_0")
+]
 SCENARIOS += [("ragged", "one_expert"), ("512", "one_expert")]
 
 
 def same_bits(group: dist.ProcessGroup, seed: int, options: dict) -> dict[str, bool]:
-    """"case routing" -> whether the bits of this rank's rows are those of one rank alone; also the experts' load."""
+    """ "case routing" -> whether the bits of this rank's rows are those of one rank alone; also the experts' load."""
     layer = SpreadLayer(group, SHAPE, CAPACITY, seed, **options)
     found = {}
     load = torch.zeros(SHAPE.num_experts, dtype=torch.int64, device="cuda")
@@ -115,7 +122,8 @@ def same_bits(group: dist.ProcessGroup, seed: int, options: dict) -> dict[str, b
 
 
 def with_delays(group: dist.ProcessGroup, seed: int, num_calls: int) -> int:
-    """Calls with other bits, of `num_calls` before which every rank sleeps a random time on the GPU, the first time two seconds."""
+    """Calls with other bits, of `num_calls` before which every rank sleeps a random time on the GPU, the first time two
+    seconds."""
     layer = SpreadLayer(group, SHAPE, CAPACITY, seed)
     bad = torch.zeros((), dtype=torch.int64, device="cuda")
     for call in range(num_calls):
@@ -135,7 +143,10 @@ def replayed(group: dist.ProcessGroup, seed: int, num_replays: int) -> dict[int,
     for size in sizes:
         bank = []
         for _ in range(24):
-            batch, valid = layer.batch(size, layer.random.choice(("uniform", "zipf", "one_hot", "to_rank_0"))), layer.random.randint(0, size)
+            batch, valid = (
+                layer.batch(size, layer.random.choice(("uniform", "zipf", "one_hot", "to_rank_0"))),
+                layer.random.randint(0, size),
+            )
             ids = batch.topk_ids.clone()
             ids[valid:] = -1
             want = layer.run(layer.alone, layer.whole, Batch(batch.x, ids, batch.topk_weights))

@@ -57,6 +57,24 @@ def test_lines_have_exactly_the_keys(tmp_path):
             report.load(path)
 
 
+def test_a_line_from_what_was_measured():
+    kept = ROWS[1]  # 8 tokens, 48 us, 32 of the Flash experts
+    num_bytes = report.weight_bytes(SHAPES["flash"], kept.touched_experts)
+    run = {
+        name: getattr(kept, name)
+        for name in ("kernel", "sku", "shape", "ranks", "local_experts", "tokens", "routing", "graph", "commit")
+    }
+    spread = (kept.us_median, kept.us_p10, kept.us_p90)
+    made = report.Measurement.of(
+        spread, slowest=kept.us_max, touched=kept.touched_experts, num_bytes=num_bytes, ceilings=(4.4, 1463.0), **run
+    )
+    assert made.__dict__.keys() == kept.__dict__.keys()
+    for name, value in kept.__dict__.items():
+        if name not in ("weights_tbps", "tflops"):
+            assert getattr(made, name) == (pytest.approx(value) if isinstance(value, float) else value), name
+    assert made.weights_tbps == pytest.approx(kept.weights_tbps, abs=5e-4) and made.tflops == pytest.approx(kept.tflops, abs=5e-3)
+
+
 def test_kept_results_can_be_read():
     """Every committed run has exactly the keys and possible numbers."""
     for path in RESULTS.glob("*.jsonl"):

@@ -1,7 +1,7 @@
 """The fused kernel with FP8 weights against the FP64 reference, and its bits, on fresh random data in memory full of NaN.
 
-Weights are uniform random E4M3 bytes, so every code occurs and single products dominate some sums: one E4M3 step of h then shows more
-than with FP4 weights. Measured: 2e-3 to 8e-3, up to 1.6e-2 for a single token of a small layer.
+Weights are uniform random E4M3 bytes, so every code occurs and single products dominate some sums: one E4M3 step of h then
+shows more than with FP4 weights. Measured: 2e-3 to 8e-3, up to 1.6e-2 for a single token of a small layer.
 """
 
 from __future__ import annotations

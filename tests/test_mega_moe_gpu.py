@@ -175,7 +175,8 @@ def test_options(seed, measured, kernel, of_reference, bound, name, num_tokens):
     y, want, exact = rig.run(batch), rig.reference(batch, **of_reference), rig.reference(batch, reference.exact)
     measured(
         f"{name:>10} M={num_tokens:<5} {next(iter(kernel))}: relative L2 {relative_l2(y, want):.2e}, against exact "
-        f"{relative_l2(y, exact):.2e} (reference {relative_l2(want, exact):.2e}, without {relative_l2(rig.reference(batch), exact):.2e})"
+        f"{relative_l2(y, exact):.2e} (reference {relative_l2(want, exact):.2e}, without "
+        f"{relative_l2(rig.reference(batch), exact):.2e})"
     )
     assert relative_l2(rig.reference(batch), want) > 2 * bound or "fp8_combine" in kernel, "the option does not show in this data"
     assert_layers_agree(y, want, bound)

@@ -61,6 +61,11 @@ def test_a_killed_rank_is_named(num_ranks, seed, tmp_path):
         seconds, cuda_error, message = (tmp_path / f"{rank}.txt").read_text().splitlines()
         assert timeout_s <= float(seconds) < timeout_s + 5
         assert cuda_error, "synchronize must fail too"
-        for part in (f"rank {rank} waited {timeout_s} s for rank {num_ranks - 1}", "layer 7", "token counts", "HOPPER_MOE_TIMEOUT_S"):
+        for part in (
+            f"rank {rank} waited {timeout_s} s for rank {num_ranks - 1}",
+            "layer 7",
+            "token counts",
+            "HOPPER_MOE_TIMEOUT_S",
+        ):
             assert part in message
         assert message in (tmp_path / f"{rank}.log").read_text(), "whoever only sees the CUDA error needs the log"

@@ -53,7 +53,8 @@ def test_every_byte_is_where_the_contract_says(seed):
             got = tiles[e, where // 128, k // 128, where % 128 // 64, byte]
             assert got == matrix.view(torch.uint8)[e, row, k], f"expert {e}, row {row}, k {k}"
     blocks = inter // 128
-    assert torch.equal(packed.w13_scale[..., 0], w13_scale[:, :blocks]) and torch.equal(packed.w13_scale[..., 1], w13_scale[:, blocks:])
+    assert torch.equal(packed.w13_scale[..., 0], w13_scale[:, :blocks])
+    assert torch.equal(packed.w13_scale[..., 1], w13_scale[:, blocks:])
     assert torch.equal(packed.w2_scale[..., 0], w2_scale) and torch.equal(packed.w2_scale[..., 1], w2_scale)
 
 

@@ -148,26 +148,22 @@ def main(
     for num_tokens in tqdm(tokens, desc=f"{shape_name} {routing}", unit="size"):
         times, touched = comparison.measure(num_tokens, graph)
         for contender in comparison.contenders:
-            median, p10, p90 = measure.spread(times[contender.name])
+            spread = measure.spread(times[contender.name])
             rows.append(
-                report.Measurement(
+                report.Measurement.of(
+                    spread,
+                    slowest=spread[0],  # of one rank
+                    touched=touched,
+                    num_bytes=touched * contender.expert_bytes,
+                    ceilings=(hbm, fp8),
                     kernel=contender.name,
                     sku=sku,
                     shape=shape_name,
                     ranks=1,
                     local_experts=num_experts,
                     tokens=num_tokens,
-                    touched_experts=round(touched, 2),
                     routing=routing,
                     graph=graph,
-                    us_median=round(median, 2),
-                    us_p10=round(p10, 2),
-                    us_p90=round(p90, 2),
-                    us_max=round(median, 2),  # of one rank
-                    weights_tbps=round(touched * contender.expert_bytes / median / 1e6, 3),
-                    hbm_read_tbps=round(hbm, 3),
-                    tflops=round(report.layer_flops(shape, num_tokens) / median / 1e6, 2),
-                    fp8_matmul_tflops=round(fp8, 1),
                     commit=commit,
                 )
             )

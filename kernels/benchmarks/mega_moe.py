@@ -1,7 +1,8 @@
 """Times the fused FP4 layer: `python -m hopper_moe.kernels.benchmarks.mega_moe --shape flash --tokens 1 8 64 ...`.
 
-A call is the whole layer: pre-dispatch and the fused kernel; with --ranks N on N GPUs at once, the slowest of which counts. The calls of one timed launch have different tokens and
-routing and take turns over copies of the weights, so that no call finds in the L2 cache what an earlier one has read.
+A call is the whole layer: pre-dispatch and the fused kernel; with --ranks N on N GPUs at once, the slowest of which counts. The
+calls of one timed launch have different tokens and routing and take turns over copies of the weights, so that no call finds in
+the L2 cache what an earlier one has read.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ class LayerBenchmark:
 
     def measure(self, num_tokens: int) -> tuple[list[float], float, float]:
         """(us per call of every timed launch, median us of the fused kernel alone, mean number of experts touched here)."""
-        shape, num_calls = self.shape, calls_per_launch(num_tokens)
+        shape, num_calls, routing = self.shape, calls_per_launch(num_tokens), self.setup.routing
         routings = [
-            random_routing(num_tokens, self.num_experts, shape.top_k, self.setup.routing, self.generator) for _ in range(num_calls)
+            random_routing(num_tokens, self.num_experts, shape.top_k, routing, self.generator) for _ in range(num_calls)
         ]
         inputs = [(random_tokens(shape, num_tokens, self.generator), *routing) for routing in routings]
         y = torch.empty(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
@@ -198,27 +199,22 @@ def main(
     for num_tokens, measured in zip(tokens, zip(*by_rank, strict=True), strict=True):
         slowest = max(statistics.median(times) for times, _, _ in measured)
         times, kernel_us, touched = measured[0]
-        median, p10, p90 = measure.spread(times)
         alone.append(kernel_us)
         rows.append(
-            report.Measurement(
+            report.Measurement.of(
+                measure.spread(times),
+                slowest=slowest,
+                touched=touched,
+                num_bytes=report.weight_bytes(shape, touched),
+                ceilings=(hbm, fp8),
                 kernel=KERNEL + "+fp8_combine" * fp8_combine + "+fp4_dispatch" * fp4_dispatch,
                 sku=sku,
                 shape=shape_name,
                 ranks=ranks,
                 local_experts=num_experts,
                 tokens=num_tokens,
-                touched_experts=round(touched, 2),
                 routing=routing,
                 graph=graph,
-                us_median=round(median, 2),
-                us_p10=round(p10, 2),
-                us_p90=round(p90, 2),
-                us_max=round(slowest, 2),
-                weights_tbps=round(report.weight_bytes(shape, touched) / median / 1e6, 3),
-                hbm_read_tbps=round(hbm, 3),
-                tflops=round(report.layer_flops(shape, num_tokens) / median / 1e6, 2),
-                fp8_matmul_tflops=round(fp8, 1),
                 commit=current_commit() if commit is None else commit,
             )
         )
@@ -226,8 +222,8 @@ def main(
     click.echo(
         f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: "
         f"HBM read {hbm:.2f} TB/s, FP8 matmul {fp8:.0f} TFLOP/s\n"
-        f"{shape_name}: {ranks} rank{'s' * (ranks > 1)} of {num_experts} experts, {routing} routing, {'CUDA graph' if graph else 'eager'}, "
-        f"room for {max(tokens)} tokens, {NUM_LAUNCHES} launches of {calls} calls each\n"
+        f"{shape_name}: {ranks} rank{'s' * (ranks > 1)} of {num_experts} experts, {routing} routing, "
+        f"{'CUDA graph' if graph else 'eager'}, room for {max(tokens)} tokens, {NUM_LAUNCHES} launches of {calls} calls each\n"
         f"us/call: pre-dispatch and fused kernel; kernel us: fused kernel alone\n{report.table(rows, alone)}"
     )
     if out is not None:

@@ -23,7 +23,8 @@ def check_ranks(num_ranks: int) -> None:
 
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(group, *arguments)` on GPU r in process r; what each returned, by rank. Any rank's exception ends all and is raised here.
+    """`function(group, *arguments)` on GPU r in process r; what each returned, by rank. Any rank's exception ends all and is
+    raised here.
 
     `function` and its arguments must be picklable; so must the results.
     """

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -40,6 +41,34 @@ class Measurement:
     tflops: float  # 2 flops per multiply-add of both layers / us_median
     fp8_matmul_tflops: float  # ceiling measured in the same run
     commit: str
+
+    @classmethod
+    def of(
+        cls,
+        spread: tuple[float, float, float],
+        *,
+        slowest: float,
+        touched: float,
+        num_bytes: float,
+        ceilings: tuple[float, float],
+        **run: Any,
+    ) -> Measurement:
+        """A line from what was measured: us (median, 10th, 90th percentile), the slowest rank's median, experts touched and the
+        bytes of them that were read, (TB/s read, FP8 TFLOP/s) of the same run. `run`: the other keys."""
+        median, p10, p90 = spread
+        hbm, fp8 = ceilings
+        return cls(
+            **run,
+            touched_experts=round(touched, 2),
+            us_median=round(median, 2),
+            us_p10=round(p10, 2),
+            us_p90=round(p90, 2),
+            us_max=round(slowest, 2),
+            weights_tbps=round(num_bytes / median / 1e6, 3),
+            hbm_read_tbps=round(hbm, 3),
+            tflops=round(layer_flops(SHAPES[run["shape"]], run["tokens"]) / median / 1e6, 2),
+            fp8_matmul_tflops=round(fp8, 1),
+        )
 
     @property
     def hbm_floor_us(self) -> float:

@@ -56,8 +56,8 @@ class Mxfp4MegaRunner:
     def run_across_ranks(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        """`run`, but complete: tokens visit the experts of every rank of `group`, which must be the shard's. Ranks without tokens must
-        call it too. Returns bf16 [num_tokens, hidden_size] of this rank's rows."""
+        """`run`, but complete: tokens visit the experts of every rank of `group`, which must be the shard's. Ranks without
+        tokens must call it too. Returns bf16 [num_tokens, hidden_size] of this rank's rows."""
         if group is not self._group:
             raise Refusal("mxfp4_mega was prepared for another group of ranks than it is called with: prepare the layer again.")
         return self.run(hidden_states, topk_ids, topk_weights)

@@ -132,7 +132,7 @@ def test_graphs_stay_on_for_the_fused_kernel(model):
 def test_auto_takes_the_fused_kernel_on_sm90(model):
     os.environ["HOPPER_MOE_KERNEL"] = "auto"
     stock.resolve(model, "--tp-size", "4", "--attn-dp-size", "4", "--ep-size", "4")
-    assert plan()["kernel"] == "mxfp4_mega" and plan()["exchange"] == "megamoe", "ranks with their own tokens: the kernel moves them"
+    assert plan()["kernel"] == "mxfp4_mega" and plan()["exchange"] == "megamoe", "ranks have tokens of their own"
     stock.resolve(model, "--tp-size", "4", "--ep-size", "4")
     assert plan()["kernel"] == "mxfp4_mega" and plan()["exchange"] == "none", "every rank sees every token: nothing to move"
 
