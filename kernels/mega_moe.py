@@ -51,6 +51,7 @@ def workspace_bytes(
     num_ranks: int = 1,
     fp8_combine: bool = False,
     fp4_dispatch: bool = False,
+    library: str = PackedExperts.library,
 ) -> int:
     """Bytes of device memory that a `MegaMoE` of these sizes takes besides the weights. Compiles the library if need be; needs
     no GPU."""
@@ -59,7 +60,7 @@ def workspace_bytes(
         hidden_size, intermediate_size, top_k, num_experts, num_local_experts, 0, num_ranks, 0, num_tokens_capacity, wave_rows,
         int(fp8_combine), int(fp4_dispatch),
     ]  # fmt: skip
-    return _workspace_offsets(shape)["num_bytes"]
+    return _workspace_offsets(shape, library)["num_bytes"]
 
 
 class MegaMoE:

@@ -67,7 +67,7 @@ def workspace_line(report: Report, settings: Settings) -> str | None:
 
     Raises `Refusal` without a compiler. None for a kernel without a workspace.
     """
-    if report.choice is None or report.choice.spec.name != "mxfp4_mega" or report.shape is None:
+    if report.choice is None or report.choice.spec.library is None or report.shape is None:
         return None
     from hopper_moe.kernels.mega_moe import workspace_bytes
 
@@ -82,6 +82,7 @@ def workspace_line(report: Report, settings: Settings) -> str | None:
         num_ranks=shape.ep_size if report.exchanges else 1,
         fp8_combine=settings.fp8_combine,
         fp4_dispatch=settings.fp4_dispatch,
+        library=report.choice.spec.library,
     )
     name = f"exchange buffer over {shape.ep_size} ranks" if report.exchanges and shape.ep_size > 1 else "workspace"
     return f"memory   {num_bytes / GIB:.2f} GiB of {name} per rank, for {capacity} tokens a call; kernel compiled"

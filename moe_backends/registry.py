@@ -43,6 +43,7 @@ class KernelSpec:
     capturable: bool = True  # can run inside a CUDA graph
     multi_rank: bool = False  # its runner has `run_across_ranks`: it moves tokens between ranks itself; else SGLang does
     package: str | None = None  # a package that is not among our own requirements
+    library: str | None = None  # of kernels/jit.py: the fused kernel's, which takes a workspace (an exchange buffer across ranks)
     options: frozenset[str] = frozenset()  # optional settings it implements: fp8_combine, fp4_dispatch
 
 
@@ -75,6 +76,7 @@ _SPECS = (
         HOPPER,
         max_experts=400,
         multi_rank=True,
+        library="mega_moe",
         options=EXCHANGE_OPTIONS,
     ),
     KernelSpec(
@@ -85,6 +87,7 @@ _SPECS = (
         HOPPER,
         max_experts=400,
         multi_rank=True,
+        library="fp8_mega",
         options=EXCHANGE_OPTIONS,
     ),
     KernelSpec(

@@ -28,9 +28,9 @@ def tensor_bytes(experts: Any) -> int:
     return sum(getattr(experts, f.name).nbytes for f in fields(experts))
 
 
-def workspace_bytes(kernel: str, shard: ExpertShard) -> int:
+def workspace_bytes(spec: KernelSpec, shard: ExpertShard) -> int:
     """Device bytes that a kernel takes besides weights, once for all layers; 0 for kernels without. Compiles it if need be."""
-    if kernel != "mxfp4_mega":
+    if spec.library is None:
         return 0
     from hopper_moe.kernels import mega_moe
 
@@ -41,6 +41,10 @@ def workspace_bytes(kernel: str, shard: ExpertShard) -> int:
         num_experts=shard.num_experts,
         top_k=shard.top_k,
         num_local_experts=shard.num_local_experts,
+        num_ranks=1 if shard.group is None else shard.num_experts // shard.num_local_experts,
+        fp8_combine=shard.fp8_combine,
+        fp4_dispatch=shard.fp4_dispatch,
+        library=spec.library,
     )
 
 
@@ -49,7 +53,7 @@ def plan_lines(spec: KernelSpec, shard: ExpertShard, plan: ServingPlan, settings
     layer_bytes = shard.num_local_experts * tensor_bytes(
         create_runner(spec.name).experts_type.empty(1, shard.hidden_size, shard.intermediate_size, "meta")
     )
-    workspace = workspace_bytes(spec.name, shard)
+    workspace = workspace_bytes(spec, shard)
     larger = "refused" if plan.exchange == "megamoe" else "run in pieces"
     inexact = "refused" if settings.inexact_rows == "refuse" else "run on the exact reference (slow)"
     last = shard.first_expert + shard.num_local_experts - 1

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from click.testing import CliRunner
 
 from hopper_moe.kernels import jit, mega_moe
 from hopper_moe.kernels.build import buildable, main
+from hopper_moe.moe_backends import startup
+from hopper_moe.moe_backends.base import ExpertShard
 from hopper_moe.moe_backends.env import settings
+from hopper_moe.moe_backends.registry import REGISTRY
 from hopper_moe.quantization import layout
 
 # The bar is 0 and mega_moe_kernel does not meet it: it spills outside its product loops. These bounds only keep it from growing.
@@ -165,6 +169,17 @@ def test_buffer_of_eight_ranks_stays_under_a_gibibyte():
     assert sizes[8] < 2**30
     fp8 = mega_moe.workspace_bytes(**flash, num_local_experts=32, num_ranks=8, fp8_combine=True)
     assert 0.15 * 2**30 < sizes[8] - fp8 < 0.2 * 2**30, "half the combine slots, less their scales"
+
+
+def test_the_start_up_block_tells_the_exchange_buffer():
+    """What is logged is what `MegaMoE` will take: with a group the buffer of its ranks, with the options that are on."""
+    shard = ExpertShard(256, 32, 32, 6, 4096, 2048, 10.0, 8192, group=object(), fp8_combine=True)
+    flash = {"hidden_size": 4096, "intermediate_size": 2048, "num_experts": 256, "top_k": 6, "num_tokens_capacity": 8192}
+    for name in ("mxfp4_mega", "fp8_mega"):
+        told = startup.workspace_bytes(REGISTRY[name], shard)
+        assert told == mega_moe.workspace_bytes(**flash, num_local_experts=32, num_ranks=8, fp8_combine=True)
+        assert told != startup.workspace_bytes(REGISTRY[name], replace(shard, group=None))
+    assert startup.workspace_bytes(REGISTRY["w4a16"], shard) == 0
 
 
 def test_limits_are_the_kernels_own():
