@@ -105,7 +105,7 @@ def test_facts_of_a_log():
 
 
 def answer(token_ids: list[int], logprobs: list[float], second: float) -> dict:
-    return {"prompt_tokens": 3, "token_ids": token_ids, "logprobs": logprobs, "second_logprobs": [second] * len(token_ids)}
+    return {"prompt_tokens": 3, "tokens": token_ids, "logprobs": logprobs, "second_logprobs": [second] * len(token_ids)}
 
 
 def test_the_first_difference_of_two_answers():
@@ -114,6 +114,14 @@ def test_the_first_difference_of_two_answers():
     assert (found["first_difference"], found["tokens_there"]) == (2, [7, 8])
     assert found["gap"] == pytest.approx(0.1) and found["logprob_change"] == pytest.approx(0.1)
     assert compare.difference(ours, ours)["first_difference"] is None
+    ended, longer = answer([5, 6], [-1.0, -2.0], -9.0), answer([5, 6, 8], [-1.5, -2.0, -3.5], -3.6)
+    assert compare.difference(ended, longer) | {"gap": 0.1} == compare.difference(ended, longer) | {
+        "length": 3, "first_difference": 2, "tokens_there": [None, 8], "gap": 0.1
+    }  # fmt: skip
+    assert "gap" not in compare.difference(longer, ended)
+    told = compare.summary([ours, ours, ended], [theirs, ours, longer])
+    assert (told["answers"], told["same"], told["tokens_compared"]) == (3, 1, 7)
+    assert told["largest_gap_where_they_part"] == pytest.approx(0.1) and told["median_logprob_change"] == 0
     scores = compare.score_difference([-1.0, -2.0, -4.0], [-1.0, -2.5, -3.0])
     assert scores["median_change"] == 0.5 and scores["mean_shift"] == pytest.approx(-1 / 6) and 0.8 < scores["correlation"] < 1
 

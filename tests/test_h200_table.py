@@ -1,15 +1,22 @@
 """The table of the CUDA kernels, end to end, with the CPU host in SGLang's place: servers, questions, comparison, table."""
 
+import os
 import sys
 from functools import partial
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from hopper_moe.eval.benchmarks import WORD_PROBLEMS
 from hopper_moe.eval.gpu_model import h200_table
+from hopper_moe.kernels.reference import exact, moe_layer
 from hopper_moe.launch.demo import tiny_model
+from hopper_moe.moe_backends.base import ExpertShard
+from hopper_moe.moe_backends.runners.reference import ReferenceRunner
+from hopper_moe.quantization.packing import pack_experts
 
 # Takes SGLang's arguments and starts the CPU host with them.
 HOST = """
@@ -25,7 +32,7 @@ def test_table_is_written_from_served_kernels(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(h200_table, "serving", partial(h200_table.serving, launcher=(sys.executable, "-c", HOST)))
     readme = tmp_path / "README.md"
     readme.write_text(MARKS)
-    arguments = ["--kernels", "reference,w4a16", "--no-sabotages", "--num-examples", "16", "--model", str(tiny_model())]
+    arguments = ["--kernels", "reference,w4a16", "--no-sabotages", "--no-log-probabilities", "--num-examples", "16", "--model", str(tiny_model())]
     arguments += ["--data", str(WORD_PROBLEMS), "--readme", str(readme), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(h200_table.main, arguments)
     assert result.exit_code == 0, result.output
@@ -33,3 +40,35 @@ def test_table_is_written_from_served_kernels(tmp_path: Path, monkeypatch: pytes
     assert len(lines) == 3 and lines[1].startswith("| reference (W4A8) | ") and "w4a16" in lines[2]
     assert readme.read_text().endswith("end\n") and (tmp_path / "table_of_truth_h200.png").exists()
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"reference", "w4a16", "servers"}
+
+
+def test_exact_experts_are_a_plugin_of_one_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Found through the metadata on PYTHONPATH and nowhere else; what it puts in place of the reference rounds nothing."""
+    row = h200_table.row_of("exact", tmp_path / "model", tmp_path)
+    folder = row.environment["PYTHONPATH"].split(os.pathsep)[0]
+    assert not [e for e in entry_points(group="sglang.srt.plugins") if "exact" in e.name]
+    (found,) = (e for d in distributions(path=[folder]) for e in d.entry_points if e.group == "sglang.srt.plugins")
+    monkeypatch.setattr(ReferenceRunner, "run", ReferenceRunner.run)  # put back afterwards
+    found.load()()
+    torch.manual_seed(seed)
+    experts = pack_experts(
+        *(torch.randint(low, high, shape, dtype=torch.uint8) for low, high, shape in (
+            (0, 256, (4, 256, 64)), (118, 122, (4, 256, 4)), (0, 256, (4, 128, 64)), (118, 122, (4, 128, 4)),
+        ))
+    )  # fmt: skip
+    runner = ReferenceRunner()
+    runner.prepare(experts, ExpertShard(4, 0, 4, 2, 128, 128, 1.5, 16))
+    x, ids, weights = torch.randn(16, 128).bfloat16(), torch.rand(16, 4).topk(2).indices.int(), torch.rand(16, 2)
+    want = exact(x, ids, weights, experts, swiglu_limit=1.5)
+    assert torch.equal(runner.run(x, ids, weights), want.bfloat16())
+    rounded = moe_layer(x, ids, weights, experts, swiglu_limit=1.5)
+    assert (rounded.double() - want).norm() > 0.01 * want.norm()
+
+
+def test_rows_name_kernels_backends_and_mistakes(tmp_path: Path) -> None:
+    ours, stock = (h200_table.row_of(name, tmp_path, tmp_path) for name in ("w4a16", "marlin"))
+    assert (ours.backend, ours.environment) == ("hopper_moe", {"HOPPER_MOE_KERNEL": "w4a16"})
+    assert (stock.backend, stock.environment) == ("marlin", {})
+    wrong = h200_table.sabotaged_row("clamp missing", tiny_model(), "w4a16", tmp_path)
+    assert wrong.sabotage and wrong.folder == "clamp-missing" and (wrong.model / "config.json").exists()
+    assert h200_table.sabotaged_row("clamp missing", tiny_model(), "w4a16", tmp_path) == wrong  # again: what is there is kept

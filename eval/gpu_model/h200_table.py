@@ -1,19 +1,25 @@
-"""The table of truth of the real kernels: the GPU model in stock SGLang on one Hopper GPU, every kernel against `reference`.
+"""The table of truth of the real kernels: the GPU model in stock SGLang on one Hopper GPU, every row against `reference`.
 
 \b
     python -m hopper_moe.eval.gpu_model.h200_table --out DIR [-- SGLANG_ARGUMENTS]
 
-Serves `eval/data/gpu_dsv4` once per kernel and once per sabotaged checkpoint, asks the 1,200 held-out questions, and writes
-table and plot into eval/README.md. The servers start together (the model is small, and starting is host time), the
-questions are asked one server after the other. Run again with the same DIR, it asks only what is missing.
+Serves `eval/data/gpu_dsv4` once per row and once per sabotaged checkpoint, asks the 1,200 held-out questions, and writes table
+and plot into eval/README.md. The servers live on the GPU together (the model is small, and nothing is timed here); a server that
+does not start costs its row only. Run again with the same DIR, it asks only what is missing.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,56 +28,176 @@ import click
 from hopper_moe.eval.benchmark_cli import run_benchmark
 from hopper_moe.eval.benchmarks import DATA
 from hopper_moe.eval.compare_cli import compare_folders
+from hopper_moe.eval.gpu_model import exact_experts
 from hopper_moe.eval.sabotage import sabotaged_checkpoint, sabotages
 from hopper_moe.eval.serving import free_port
 from hopper_moe.eval.table_of_truth import MARGIN, markdown, plot, write_table
+from hopper_moe.launch.h200.compare import answers, summary
 from hopper_moe.launch.h200.server import Server, serving
+from hopper_moe.moe_backends.arguments import BACKEND
+from hopper_moe.moe_backends.env_table import KERNELS
+from hopper_moe.moe_backends.errors import Refusal
 
 MODEL, QUESTIONS = DATA / "gpu_dsv4", DATA / "word_problems_hard.jsonl"
 README = DATA.parent / "README.md"
-# Small enough for a handful of servers on one GPU; the questions are shorter than 128 tokens.
+EXACT = "exact"
+COMPARED, NUM_TOKENS = 200, 64  # answers whose log probabilities are kept, and the most tokens of one
+CONCURRENCY = 400  # a step of the reference takes its third of a second for one answer as for 400
+# Questions and answers take less than a page of 256 tokens each, and a tenth of the pool is for the sliding window. The pool is
+# capped in tokens: with several servers on one GPU, SGLang's own sizing would read what the others leave it.
 SGLANG_ARGUMENTS = (
-    "--context-length 4096 --mem-fraction-static 0.1 --max-total-tokens 65536 --max-running-requests 64 "
-    "--chunked-prefill-size 2048 --mm-feature-transport cpu --watchdog-timeout 3600"
+    "--context-length 4096 --mem-fraction-static 0.6 --max-total-tokens 1572864 --max-running-requests 512 "
+    "--chunked-prefill-size 8192 --cuda-graph-bs-decode 1 8 32 128 256 512 --mm-feature-transport cpu --watchdog-timeout 3600"
 ).split()
 
 
-def start(stack: ExitStack, jobs: dict[str, tuple[Path, str]], out: Path, timeout: float, **how: Any) -> dict[str, Server]:
-    """A server for each (name -> checkpoint, kernel), all starting at once; `stack` stops them."""
+@dataclass(frozen=True)
+class Row:
+    """A line of the table and the server behind it. `environment`: variables of that server beside this process's."""
 
-    def one(name: str) -> Server:
-        model, kernel = jobs[name]
-        log = out / "servers" / f"{name.replace(' ', '-')}.log"
-        context = serving(str(model), kernel=kernel, port=free_port(), log=log, ready_timeout=timeout, **how)
-        return stack.enter_context(context)
+    name: str
+    model: Path
+    backend: str
+    environment: dict[str, str] = field(default_factory=dict)
+    sabotage: bool = False
 
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        return dict(zip(jobs, pool.map(one, jobs), strict=True))
+    @property
+    def folder(self) -> str:
+        return self.name.replace(" ", "-")
 
 
-def score(server: Server, name: str, sabotage: bool, out: Path, num_examples: int | None, data: Path) -> dict[str, Any]:
-    """One row of the table; every row but `reference` is compared with it."""
-    folder = out / name.replace(" ", "-")
-    status, _ = run_benchmark(
-        "word_problems", f"{server.url}/v1", out=folder, num_examples=num_examples, data=data, recorded_url="own", concurrency=64
-    )
+def row_of(name: str, model: Path, out: Path) -> Row:
+    """A kernel of this package, `exact`, or else one of SGLang's own MoE backends."""
+    if name in KERNELS:
+        return Row(name, model, BACKEND, {"HOPPER_MOE_KERNEL": name})
+    if name != EXACT:
+        return Row(name, model, name)
+    path = os.pathsep.join((str(exact_experts.install(out / "exact_plugin")), os.environ.get("PYTHONPATH", "")))
+    environment = {"HOPPER_MOE_KERNEL": "reference", "HOPPER_MOE_SELF_CHECK": "0", "PYTHONPATH": path}
+    return Row(name, model, BACKEND, environment)
+
+
+def sabotaged_row(name: str, model: Path, kernel: str, out: Path) -> Row:
+    """The checkpoint with mistake `name`, served by an honest kernel."""
+    folder = out / "checkpoints" / name.replace(" ", "-")
+    checkpoint = folder if folder.exists() else sabotaged_checkpoint(model, folder, name)
+    return Row(name, checkpoint, BACKEND, {"HOPPER_MOE_KERNEL": kernel}, sabotage=True)
+
+
+@contextmanager
+def started(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ...]) -> Iterator[dict[Future, Row]]:
+    """A future of the server of every row, all starting at once; what runs is stopped at the end of the block."""
+
+    def start(row: Row) -> Server:
+        return stack.enter_context(
+            serving(
+                str(row.model),
+                backend=row.backend,
+                port=free_port(),
+                log=out / "servers" / f"{row.folder}.log",
+                ready_timeout=timeout,
+                environment=row.environment,
+                arguments=(*SGLANG_ARGUMENTS, *arguments),
+            )
+        )
+
+    with ExitStack() as stack, ThreadPoolExecutor(max(len(rows), 1)) as pool:
+        servers = {pool.submit(start, row): row for row in rows}
+        yield servers
+        for server in servers:
+            if not server.exception():
+                server.result().terminate()
+
+
+def ask(url: str, out: Path, name: str, num_examples: int | None, data: Path, compared: int) -> str:
+    """All questions to one server, in a process of its own: graders need the main thread. Returns what went wrong, or nothing.
+
+    The first `compared` are asked once more, for the log probability of each token.
+    """
+    how = {"recorded_url": "own", "concurrency": CONCURRENCY}
+    status, _ = run_benchmark("word_problems", f"{url}/v1", out=out / name, num_examples=num_examples, data=data, **how)
     if status:
-        sys.exit(status)
+        return f"asking ended with status {status}"
+    if compared:
+        problems = [json.loads(line)["problem"] for line in data.read_text().splitlines()[:compared]]
+        found = answers(url, problems, NUM_TOKENS)
+        (out / "log_probabilities").mkdir(exist_ok=True)
+        (out / "log_probabilities" / f"{name}.json").write_text(json.dumps(found))
+    return ""
+
+
+def ask_all(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ...], **what: Any) -> dict[str, str]:
+    """Ask every server as soon as it answers. Row name -> what went wrong, for the rows that have no answers."""
+    wrong: dict[str, str] = {}
+    begun, rows = time.monotonic(), [row for row in rows if not (out / row.folder / "metrics.json").exists()]
+
+    def say(row: Row, text: str) -> None:
+        click.echo(f"[{time.monotonic() - begun:.0f} s] {row.name}: {text}")
+
+    with (
+        ProcessPoolExecutor(max(len(rows), 1), mp_context=multiprocessing.get_context("spawn")) as pool,
+        started(rows, out, timeout, arguments) as servers,
+    ):
+        asked: dict[Future, Row] = {}
+        started_by_row: dict[str, Server] = {}
+        for future in as_completed(servers):
+            row = servers[future]
+            try:
+                server = future.result()
+            except Refusal as refusal:
+                wrong[row.name] = str(refusal)
+                say(row, f"no server: {refusal}")
+                continue
+            started_by_row[row.name] = server
+            say(row, f"ready after {server.seconds_to_ready:.0f} s")
+            asked[pool.submit(ask, server.url, out, row.folder, **what)] = row
+        for future in as_completed(asked):
+            row, error = asked[future], future.exception()
+            problem = f"{type(error).__name__}: {error}" if error else future.result()
+            if problem:
+                wrong[row.name] = problem
+            say(row, problem or "asked")
+            started_by_row[row.name].terminate()  # an idle scheduler keeps a core busy
+    return wrong
+
+
+def scored(row: Row, out: Path) -> dict[str, Any]:
+    """A finished row; every one but `reference` is compared with it. `same_text`: answers with the reference's very words."""
+    folder = out / row.folder
     metrics = json.loads((folder / "metrics.json").read_text())
-    row = {"name": name, "sabotage": sabotage, "accuracy": metrics["pass@1"], "interval95": metrics["interval95"]}
-    if name != "reference":
-        compare_folders(out / "reference", folder, MARGIN, folder / "compare")
-        row |= json.loads((folder / "compare" / "compare.json").read_text())
-    return row
+    found = {"name": row.name, "sabotage": row.sabotage, "accuracy": metrics["pass@1"], "interval95": metrics["interval95"]}
+    if row.name == "reference":
+        return found
+    compare_folders(out / "reference", folder, MARGIN, folder / "compare")
+    ours, theirs = (texts(out / name) for name in (row.folder, "reference"))
+    found["same_text"] = sum(ours[question] == theirs[question] for question in theirs)
+    given = [out / "log_probabilities" / f"{name}.json" for name in (row.folder, "reference")]
+    if all(path.exists() for path in given):
+        found["tokens"] = summary(*(json.loads(path.read_text()) for path in given))
+    return found | json.loads((folder / "compare" / "compare.json").read_text())
+
+
+def texts(folder: Path) -> dict[str, str]:
+    """Question id -> answer of a finished run."""
+    records = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
+    return {record["id"]: record["generation"] for record in records}
 
 
 @click.command(help=__doc__)
-@click.option("--kernels", default="reference,mxfp4_mega,w4a16", show_default=True, help="Comma-separated, reference first.")
+@click.option(
+    "--kernels",
+    default="reference,exact,mxfp4_mega,w4a16",
+    show_default=True,
+    help="Comma-separated, reference first: kernels, `exact` (FP64, nothing rounded), or SGLang's own backends, such as marlin.",
+)
 @click.option("--model", default=MODEL, type=click.Path(path_type=Path))
 @click.option("--data", default=QUESTIONS, type=click.Path(path_type=Path))
-@click.option("--sabotage-with", help="Kernel that serves the sabotaged checkpoints  [default: the second of --kernels].")
+@click.option("--sabotage-with", default="mxfp4_mega", show_default=True, help="Kernel that serves the sabotaged checkpoints.")
 @click.option("--sabotages/--no-sabotages", "with_sabotages", default=True, show_default=True)
 @click.option("--num-examples", type=click.IntRange(1), help="Only the first N questions.")
+@click.option(
+    "--log-probabilities/--no-log-probabilities", default=True, show_default=True, help=f"Compare {COMPARED} answers token by token."
+)
 @click.option("--ready-timeout", default=900.0, show_default=True, help="Seconds until every server must answer.")
 @click.option("--readme", default=README, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folders and server logs.")
@@ -80,30 +206,34 @@ def main(
     kernels: str,
     model: Path,
     data: Path,
-    sabotage_with: str | None,
+    sabotage_with: str,
     with_sabotages: bool,
     num_examples: int | None,
+    log_probabilities: bool,
     ready_timeout: float,
     readme: Path,
     out: Path,
     sglang_arguments: tuple[str, ...],
 ) -> None:
-    names = kernels.split(",")
-    jobs = {name: (model, name) for name in names}
-    wrong = list(sabotages(1.0)) if with_sabotages else []
-    for name in wrong:
-        folder = out / "checkpoints" / name.replace(" ", "-")
-        jobs[name] = (folder if folder.exists() else sabotaged_checkpoint(model, folder, name), sabotage_with or names[1])
-    with ExitStack() as stack:
-        servers = start(stack, jobs, out, ready_timeout, arguments=(*SGLANG_ARGUMENTS, *sglang_arguments))
-        rows = [score(server, name, name in wrong, out, num_examples, data) for name, server in servers.items()]
-    table = markdown(rows)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers stop with us
+    rows = [row_of(name, model, out) for name in kernels.split(",")]
+    rows += [sabotaged_row(name, model, sabotage_with, out) for name in (sabotages(1.0) if with_sabotages else ())]
+    what = {"num_examples": num_examples, "data": data, "compared": COMPARED if log_probabilities else 0}
+    wrong = ask_all(rows, out, ready_timeout, sglang_arguments, **what)
+    if not (out / "reference" / "metrics.json").exists():
+        sys.exit(f"no reference to compare with: {wrong['reference']}")
+    found = [scored(row, out) for row in rows if (out / row.folder / "metrics.json").exists()]
+    (out / "rows.json").write_text(json.dumps(found, indent=1) + "\n")
+    table = markdown(found)
     click.echo(table)
+    for row in found:
+        if "same_text" in row:
+            click.echo(f"{row['name']}: {row['same_text']} answers in the reference's very words; {row.get('tokens', '')}")
     write_table(readme, "table of truth, H200", table)
-    plot(rows, readme.parent / "table_of_truth_h200.png", "GPU model in stock SGLang, one H200")
-    bad = [row["name"] for row in rows if "verdict" in row and (row["verdict"] == "worse") != row["sabotage"]]
-    if bad:
-        raise SystemExit(f"not as it should be: {', '.join(bad)}")
+    plot(found, readme.parent / "table_of_truth_h200.png", "GPU model in stock SGLang, one H200")
+    bad = [row["name"] for row in found if "verdict" in row and (row["verdict"] == "worse") != row["sabotage"]]
+    if bad or wrong:
+        raise SystemExit(f"not as it should be: {', '.join(bad) or 'nothing'}; went wrong: {wrong or 'nothing'}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python -m hopper_moe.launch.h200.report DIR        # table and plot
 
 All servers live on the GPU at once and one is loaded at a time, round after round, so that a drift of the machine meets all.
-Each load runs once unmeasured first. Everything after `--` goes to every server.
+Each load runs once unmeasured first, with short answers. Everything after `--` goes to every server.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ from hopper_moe.moe_backends.errors import Refusal
 ROUNDS = 2
 OWN_FACTS = ("kv_tokens", "workspace_gib", "packed_gib")  # of a log, whatever else runs on the GPU
 PREFILL = Load(concurrency=1, num_prompts=6, input_len=8192, output_len=1)
+FIRST_OUTPUT_LEN = 32  # of the round that is not kept: enough to compile and capture
 
 
-def loads(concurrencies: Sequence[int], input_len: int, output_len: int) -> list[Load]:
-    """Prompts alone, then two batches of requests at each concurrency (four at 1 and 8), in the order given."""
-    return [PREFILL, *(Load(c, c * (4 if c < 32 else 2), input_len, output_len) for c in concurrencies)]
+def loads(concurrencies: Sequence[int], input_len: int, output_len: int, batches: int | None = None) -> list[Load]:
+    """Prompts alone, then `batches` of requests at each concurrency (None: two, four at 1 and 8), in the order given."""
+    return [PREFILL, *(Load(c, c * (batches or (4 if c < 32 else 2)), input_len, output_len) for c in concurrencies)]
 
 
 def start_all(
@@ -89,6 +91,7 @@ def describe(server: Server, together: bool) -> dict[str, Any]:
 @click.option("--concurrency", default="1,8,32,64,128", show_default=True)
 @click.option("--input-len", default=1024, show_default=True)
 @click.option("--output-len", default=1024, show_default=True)
+@click.option("--batches", type=click.IntRange(1), help="Requests at each concurrency, in batches of it  [default: 2, 4 below 32]")
 @click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--stagger", type=float, help="Seconds between starts  [default: start the next when the last answers]")
 @click.option("--seconds", default=3600.0, show_default=True, help="Begin no load after this many.")
@@ -101,6 +104,7 @@ def main(
     concurrency: str,
     input_len: int,
     output_len: int,
+    batches: int | None,
     rounds: int,
     stagger: float | None,
     seconds: float,
@@ -110,7 +114,7 @@ def main(
 ) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers stop with us
     out.mkdir(parents=True, exist_ok=True)
-    planned = loads([int(c) for c in concurrency.split(",")], input_len, output_len)
+    planned = loads([int(c) for c in concurrency.split(",")], input_len, output_len, batches)
     with ExitStack() as stack:
         servers, problems = start_all(stack, model, backends.split(","), out, stagger, sglang_arguments)
         described = {backend: describe(server, together=stagger is not None) for backend, server in servers.items()}
@@ -127,7 +131,7 @@ def measure_all(servers: dict[str, Server], model: str, planned: list[Load], rou
     """Append one JSON line for each round, load and backend to `out/serving.jsonl`; round 0 is not kept. Returns what failed."""
     started, seed, failed = time.monotonic(), time.time_ns() % (1 << 30), []
     for number in range(rounds + 1):
-        for load in planned:
+        for load in planned if number else (replace(load, output_len=min(load.output_len, FIRST_OUTPUT_LEN)) for load in planned):
             for backend, server in servers.items():
                 if time.monotonic() - started > seconds:
                     click.echo(f"stopped after {seconds:.0f} s in round {number}")
@@ -139,7 +143,7 @@ def measure_all(servers: dict[str, Server], model: str, planned: list[Load], rou
                     failed.append(str(refusal))
                     click.echo(failed[-1])
                     continue
-                click.echo(_line(row))
+                click.echo(f"[{time.monotonic() - started:.0f} s] {_line(row)}")
                 if number:
                     with (out / "serving.jsonl").open("a") as file:
                         file.write(json.dumps(row) + "\n")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,11 @@ class Server:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
+    def terminate(self) -> None:
+        """Ask it to end, without waiting: for several that end together."""
+        if self.is_alive():
+            os.killpg(self.process.pid, signal.SIGTERM)
+
 
 @contextmanager
 def serving(
@@ -57,6 +62,7 @@ def serving(
     log: Path = Path("server.log"),
     ready_timeout: float = 1800,
     arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
     launcher: Sequence[str] = (sys.executable, "-m", "sglang.launch_server"),
 ) -> Iterator[Server]:
     """Serve `model` while the block runs.
@@ -67,6 +73,7 @@ def serving(
         log: file for everything that the server says.
         ready_timeout: seconds until it must answer a generation.
         arguments: further SGLang arguments.
+        environment: variables of the server beside this process's.
         launcher: command that takes SGLang's arguments.
 
     Raises:
@@ -74,7 +81,7 @@ def serving(
     """
     command = [*launcher, "--model-path", model, "--moe-runner-backend", backend, "--host", HOST, "--port", str(port), *arguments]
     # Without PYTHONSAFEPATH a start from a checkout of ours would import its `kernels` folder as the package of that name.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **(environment or {})}
     if kernel is not None:
         environment["HOPPER_MOE_KERNEL"] = kernel
     log.parent.mkdir(parents=True, exist_ok=True)

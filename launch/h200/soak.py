@@ -167,7 +167,7 @@ def main(url: str, minutes: float, seed: int | None, log: Path | None, out: Path
     problems = verdict(
         load.failures,
         observed,
-        first["token_ids"] == again["token_ids"],
+        first["tokens"] == again["tokens"],
         log.read_text(errors="replace") if log else "",
         sorted(_compiled() - before),
     )
