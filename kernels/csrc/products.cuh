@@ -97,6 +97,7 @@ __device__ __forceinline__ void run_l2(MathContext& c, int first_row) {
     }
     ptx::store_matrix_transposed(c.tile_address(8 * (i + block / 2) + c.me.lane % 8, chunk), y);
   }
+  ptx::fence_async_shared();   // the rows leave by bulk copies
   c.hand_over_tile();
 }
 

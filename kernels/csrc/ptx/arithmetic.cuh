@@ -76,6 +76,14 @@ __device__ __forceinline__ void store_matrix_transposed(uint32_t smem, const uin
                : "memory");
 }
 
+// Of two BF16 at once: magnitudes, and the larger ones (a NaN loses against a number).
+__device__ __forceinline__ uint32_t abs_bf16x2(uint32_t pair) { return pair & 0x7FFF7FFFu; }
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
 // BF16 halves of a word as FP32.
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }

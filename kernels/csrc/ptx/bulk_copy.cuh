@@ -16,4 +16,21 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* global, uin
       : "memory");
 }
 
+// Shared to global by the async proxy, in this thread's current bulk group. What other threads stored in `smem` has to be fenced
+// (fence_async_shared) by them and handed over first.
+__device__ __forceinline__ void bulk_store(void* global, uint32_t smem, uint32_t num_bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(smem), "r"(num_bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// At most kPending of this thread's bulk groups have still to read their shared memory.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// At most kPending of them are incomplete; what the others wrote is visible to this thread, so that its release publishes it.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 }  // namespace hopper_moe::ptx
