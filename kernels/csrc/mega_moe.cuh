@@ -45,7 +45,7 @@ __device__ inline void announce_nothing(const MegaMoeParams& p, uint32_t launch,
 // kFp8Combine: as Shape::fp8_combine says.
 template <bool kFp8Combine>
 __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_constant__ MegaMoeParams p) {
-  using CombinerOf = Combiner<std::conditional_t<kFp8Combine, E4m3Slots, Bf16Slots>>;
+  using Slots = std::conditional_t<kFp8Combine, E4m3Slots, Bf16Slots>;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(shared_memory);
   const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -70,17 +70,17 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
                       (kMathWarps + kServiceWarps) * gridDim.x, lane);
     MathContext c{p, smem, ring, tile, {warp / 4, warp % 4, lane}};
     run_math(c, feed);
-    const TaskList again(smem.experts, p);   // nothing of the combiner's is kept in registers while the products run
-    CombinerOf combiner(p, again, lane, __ldcg(p.local<uint32_t>(p.ws.epoch)) + 1);
-    while (!combiner.finished()) combiner.step(true);
+    // Nothing that only the combine needs is kept in registers while the products run.
+    combine_rest<Slots>(p, smem.experts.block_base[p.shape.num_local_experts], __ldcg(p.local<uint32_t>(p.ws.epoch)) + 1,
+                        warp * gridDim.x + blockIdx.x, kMathWarps * gridDim.x, lane);
   } else {
     ptx::set_max_registers_down<kOtherRegisters>();
-    CombinerOf combiner(p, tasks, lane, launch);
     if (warp < kFirstProducerWarp) {
       const int part = warp - kMathWarps, num_threads = kServiceWarps * 32;
       clear_next_counters(p, launch, blockIdx.x * num_threads + part * 32 + lane, gridDim.x * num_threads);
       count_load(p, smem.experts, part * 32 + lane, num_threads);
       if (tasks.num_blocks == 0 && p.shape.num_ranks > 1 && blockIdx.x == 0) announce_nothing(p, launch, part, lane);
+      EarlyCombiner<Slots> combiner(p, tasks.num_blocks, launch, lane);
       serve<Epilogue<kFp8Combine>>(p, smem, tile, tasks, combiner, feed, launch, part, lane);
     } else if (lane == 0) {
       if (warp == kFirstProducerWarp) {
@@ -90,7 +90,6 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
       }
     }
     __syncwarp();
-    while (!combiner.finished()) combiner.step(true);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
