@@ -108,15 +108,14 @@ __device__ __forceinline__ void add_slots(const MegaMoeParams& p, const CombineU
     const uint32_t rest = column < p.shape.hidden ? valid[u] >> first : 0;
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
+      v[u][k] = {};   // a slot that is not there: +0 does not change a sum, which starts as +0 (and ptxas keeps nothing of the last unit)
       if (rest >> k & 1) v[u][k] = slots.load(first + k);
     }
   }
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) {
-      if (valid[u] >> first >> k & 1) Slots::add(sum[u], v[u][k]);
-    }
+    for (int k = 0; k < kSlots; ++k) Slots::add(sum[u], v[u][k]);
   }
 }
 
@@ -170,6 +169,7 @@ class UnitClaims {
       if (kComplete && !entered_) {
         const bool there = lane_ >= p_.shape.num_ranks || has_rows(p_, num_blocks_, group_, lane_, launch_);
         if (!__all_sync(~0u, there)) return false;
+        __syncwarp();   // what few lanes have observed holds for all
       }
       const int num = plan_.claim(), num_units = plan_.num_units(group_);
       uint32_t first = 0;
@@ -218,21 +218,36 @@ class EarlyCombiner {
   __device__ __forceinline__ bool step() {
     if (claims_.num_in_hand() == 0) {
       if (!claims_.claim<true>()) return false;
-      id_ = slot_id(p_, claims_.unit(0).token, lane_);
+      look_up();
+      num_done_ = 0;
     }
     const CombineUnit units[1] = {claims_.unit(0)};
-    const uint32_t valid[1] = {__ballot_sync(~0u, id_ >= 0)};
+    const uint32_t valid[1] = {__shfl_sync(~0u, valid_, num_done_++ * kLanesPerUnit)};
     claims_.use(1);
-    if (claims_.num_in_hand() > 0) id_ = slot_id(p_, claims_.unit(0).token, lane_);   // arrives with the slots
     combine_units<Slots, 1>(p_, units, valid, lane_);
     return true;
   }
 
  private:
+  static constexpr int kLanesPerUnit = 32 / kMaxClaim;
+
+  // The valid slots of all units in hand, so that a step need not wait for them before it loads rows.
+  __device__ __forceinline__ void look_up() {
+    const int unit = lane_ / kLanesPerUnit, top_k = p_.shape.top_k;
+    valid_ = 0;
+    if (unit < claims_.num_in_hand()) {
+      const int* ids = p_.local<int>(p_.ws.topk_ids) + claims_.unit(unit).token * top_k;
+      for (int k = lane_ % kLanesPerUnit; k < top_k; k += kLanesPerUnit) valid_ |= static_cast<uint32_t>(__ldg(ids + k) >= 0) << k;
+    }
+#pragma unroll
+    for (int step = 1; step < kLanesPerUnit; step *= 2) valid_ |= __shfl_xor_sync(~0u, valid_, step);
+  }
+
   const MegaMoeParams& p_;
   const int lane_;
   UnitClaims claims_;
-  int id_ = -1;   // of the next unit's token
+  uint32_t valid_ = 0;   // of the claim's units, kLanesPerUnit lanes each
+  int num_done_ = 0;     // of them
 };
 
 // What a math warp combines behind its last product: what is left to claim, then its share: units worker, worker + num_workers, ...
@@ -278,6 +293,7 @@ __device__ inline void combine_rest(const MegaMoeParams& p, int num_blocks, uint
       if (__any_sync(~0u, late)) give_up(p, PeerStep::kResults, (__ffs(missing) - 1) % kMaxRanks, launch);
       __nanosleep(64);   // hundreds of warps may look at one address, and the increments they wait for go through the same L2 slice
     }
+    __syncwarp();   // what few lanes have observed holds for all
     uint32_t valid[kMathUnits];
 #pragma unroll
     for (int u = 0; u < kMathUnits; ++u) valid[u] = __ballot_sync(~0u, ids[u] >= 0);
