@@ -285,7 +285,8 @@ __device__ inline void combine_rest(const MegaMoeParams& p, int num_blocks, uint
       units[u] = {__shfl_sync(~0u, mine.token, u * kMaxRanks), __shfl_sync(~0u, mine.column, u * kMaxRanks)};
       ids[u] = units[u].token >= 0 ? slot_id(p, units[u].token, lane) : -1;
     }
-    // The whole warp polls and gives up together: ptxas keeps nothing in uniform registers, not even in the products, if lanes wait on their own.
+    // The whole warp polls and gives up together: if lanes wait on their own, or for each other in __syncwarp here, ptxas takes the descriptors of
+    // all products out of uniform registers (32 R2UR a loop).
     const bool waits = mine.token >= 0 && my_rank < p.shape.num_ranks;
     const uint64_t begin = ptx::global_timer();
     while (const uint32_t missing = __ballot_sync(~0u, waits && !has_rows(p, num_blocks, group, my_rank, launch))) {
@@ -293,7 +294,6 @@ __device__ inline void combine_rest(const MegaMoeParams& p, int num_blocks, uint
       if (__any_sync(~0u, late)) give_up(p, PeerStep::kResults, (__ffs(missing) - 1) % kMaxRanks, launch);
       __nanosleep(64);   // hundreds of warps may look at one address, and the increments they wait for go through the same L2 slice
     }
-    __syncwarp();   // what few lanes have observed holds for all
     uint32_t valid[kMathUnits];
 #pragma unroll
     for (int u = 0; u < kMathUnits; ++u) valid[u] = __ballot_sync(~0u, ids[u] >= 0);
