@@ -1,22 +1,48 @@
-// The weighted sum of every token's slots, column group by column group.
+// The weighted sum of every token's slots, a unit (one token x 256 columns, 8 a lane) at a time.
+//
+// Units of a column group are claimed by whoever is free: service warps while the products of later groups run, math warps behind their last
+// one. The last group has no products behind it, and with few tokens a claim takes longer than what it could save: those units are shared out
+// instead, every math warp of the grid knows its own, and nobody else waits for them.
 #pragma once
 #include "epilogue.cuh"
 
 namespace hopper_moe {
 
-// The columns of one group, cut into units of one token x 256 columns (8 a lane).
-struct CombineGroup {
-  int first_column, num_columns, pieces, num_units;
-  uint32_t target;                   // (L2 task, service warp) pairs of the group
+constexpr int kMinTokensToCombineEarly = 256;
+constexpr int kCombineColumns = 256;                                          // of one unit
+constexpr int kGroupPieces = kGroupTiles * kRowTile / kCombineColumns;        // units of one token and column group; the last group may have fewer
+constexpr int kSlotsInFlight = 6;                                             // loads of one unit before the first sum
+constexpr int kMathUnits = 4;                                                 // units that a math warp has in flight, with four times the registers
+constexpr int kMaxClaim = 8;                                                  // units of one claim
+static_assert(kGroupPieces == 2, "CombinePlan divides by shifting");
 
-  __device__ CombineGroup(const MegaMoeParams& p, const TaskList& tasks, int group) {
-    const int num_tiles = TaskList::group_width(p.shape, group);
-    first_column = group * kGroupTiles * kRowTile;
-    num_columns = num_tiles * kRowTile;
-    pieces = ceil_div(num_columns, 256);
-    num_units = p.num_tokens * pieces;
-    target = static_cast<uint32_t>(tasks.num_blocks) * num_tiles * kServiceWarps;
+struct CombineUnit {
+  int token, column;
+};
+
+// How the units of a launch are numbered, and which of them are claimed. The pieces of a token follow each other.
+struct CombinePlan {
+  int num_tokens, num_groups, last_pieces;
+  int num_claimed;   // groups 0 .. num_claimed - 1 are claimed, the others are shared out
+
+  __host__ __device__ CombinePlan(const Shape& s, int num_tokens)
+      : num_tokens(num_tokens), num_groups(s.num_column_groups()),
+        last_pieces(ceil_div(s.hidden, kCombineColumns) - (num_groups - 1) * kGroupPieces),
+        num_claimed(num_tokens < kMinTokensToCombineEarly ? 0 : num_groups - 1) {}
+
+  __host__ __device__ int num_units(int group) const { return num_tokens * (group == num_groups - 1 ? last_pieces : kGroupPieces); }
+  __host__ __device__ int num_shared() const { return num_tokens * ((num_groups - 1 - num_claimed) * kGroupPieces + last_pieces); }
+  __host__ __device__ int group_of_shared(int number) const { return num_claimed + number / (num_tokens * kGroupPieces); }
+  __host__ __device__ CombineUnit unit(int group, int number) const {
+    const int halves = group == num_groups - 1 ? last_pieces - 1 : 1, token = number >> halves;
+    return {token, (group * kGroupPieces + number - (token << halves)) * kCombineColumns};
   }
+  __host__ __device__ CombineUnit shared_unit(int number) const {
+    const int group = group_of_shared(number);
+    return unit(group, number - (group - num_claimed) * num_tokens * kGroupPieces);
+  }
+  // Few units: one each, so that every warp gets some.
+  __host__ __device__ int claim() const { return num_tokens >= 512 * kMaxClaim ? kMaxClaim : num_tokens < 1024 ? 1 : num_tokens / 512; }
 };
 
 // Eight columns of a combine slot on their way to the sum. Loads are started long before they are used.
@@ -65,97 +91,103 @@ struct E4m3Slots {
   }
 };
 
-// Sums the slots of one unit's token in ascending order. Every L2 task of the group has stored its rows.
-template <typename Slots>
-__device__ inline void combine_unit(const MegaMoeParams& p, const CombineGroup& group, int unit, int lane) {
-  const Shape& s = p.shape;
-  const int token = unit / group.pieces, offset = (unit - token * group.pieces) * 256 + lane * 8;
-  const int id = lane < s.top_k ? __ldg(p.local<int>(p.ws.topk_ids) + token * s.top_k + lane) : -1;
-  uint32_t valid = __ballot_sync(~0u, id >= 0);
-  if (offset >= group.num_columns) return;
-  const int column = group.first_column + offset;
-  const Slots slots(p, token, column);
-  float sum[8] = {};
-  while (valid) {
-    typename Slots::Piece v[4];
-    uint32_t rest = valid;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {    // four loads in flight
-      if (rest) v[i] = slots.load(__ffs(rest) - 1);
-      rest &= rest - 1;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (!valid) break;
-      Slots::add(sum, v[i]);
-      valid &= valid - 1;
-    }
-  }
-  uint4 out;
-  out.x = ptx::to_bf16x2(sum[0], sum[1]);
-  out.y = ptx::to_bf16x2(sum[2], sum[3]);
-  out.z = ptx::to_bf16x2(sum[4], sum[5]);
-  out.w = ptx::to_bf16x2(sum[6], sum[7]);
-  *reinterpret_cast<uint4*>(p.y + int64_t{token} * s.hidden + column) = out;
+// A lane's slot of a token: not negative where it is valid. Asked for early, looked at late.
+__device__ __forceinline__ int slot_id(const MegaMoeParams& p, int token, int lane) {
+  return lane < p.shape.top_k ? __ldg(p.local<int>(p.ws.topk_ids) + token * p.shape.top_k + lane) : -1;
 }
 
-// Units are claimed, a few at a time, by whichever warp is free: service warps while tiles are on their way, every warp at the end.
-template <typename Slots>
-class Combiner {
- public:
-  __device__ Combiner(const MegaMoeParams& p, const TaskList& tasks, int lane, uint32_t launch) : p_(p), tasks_(tasks), lane_(lane), launch_(launch) {}
-
-  __device__ __forceinline__ bool finished() const { return group_ >= p_.shape.num_column_groups(); }
-
-  // Combines some units of the first group with any left. False: its L2 tasks are still running (never with `wait`) or all is done.
-  __device__ __forceinline__ bool step(bool wait) {
-    if (!ready_) skip_claimed();
-    if (finished()) return false;
-    const CombineGroup group(p_, tasks_, group_);
-    if (!ready_ && !has_rows(group, wait)) return false;
-    ready_ = true;
-    // Few units: one each, so that every warp gets a share.
-    const int num = group.num_units > kManyUnits ? 4 : 1;
-    uint32_t first = 0;
-    if (lane_ == 0) first = atomicAdd(p_.group_claimed(launch_) + group_, num);
-    first = __shfl_sync(~0u, first, 0);
-    if (first >= static_cast<uint32_t>(group.num_units)) {
-      ready_ = false;
-      return true;
+// Adds slots first .. first + kSlots - 1 of some tokens to their sums in ascending order, all loads in flight at once.
+template <typename Slots, int kSlots, int kUnits>
+__device__ __forceinline__ void add_slots(const MegaMoeParams& p, const CombineUnit (&units)[kUnits], const uint32_t (&valid)[kUnits], int first,
+                                          int lane, float (&sum)[kUnits][8]) {
+  typename Slots::Piece v[kUnits][kSlots];
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    const int column = units[u].column + lane * 8;
+    const Slots slots(p, units[u].token, column);
+    const uint32_t rest = column < p.shape.hidden ? valid[u] >> first : 0;
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) {
+      v[u][k] = {};   // a slot that is not there: +0 does not change a sum, which starts as +0 (and ptxas keeps nothing of the last unit)
+      if (rest >> k & 1) v[u][k] = slots.load(first + k);
     }
-    const int last = min(static_cast<int>(first) + num, group.num_units);
-    for (int unit = first; unit < last; ++unit) combine_unit<Slots>(p_, group, unit, lane_);
-    return true;
+  }
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) Slots::add(sum[u], v[u][k]);
+  }
+}
+
+// The sums of some tokens. `valid`: bit k for slot k; no bits and a negative token where there is no unit. Every L2 task of the columns has
+// stored its rows.
+template <typename Slots, int kUnits>
+__device__ __forceinline__ void combine_units(const MegaMoeParams& p, const CombineUnit (&units)[kUnits], const uint32_t (&valid)[kUnits], int lane) {
+  const int hidden = p.shape.hidden;
+  float sum[kUnits][8] = {};
+  add_slots<Slots, kSlotsInFlight>(p, units, valid, 0, lane, sum);
+  for (int first = kSlotsInFlight; first < p.shape.top_k; first += 2) add_slots<Slots, 2>(p, units, valid, first, lane, sum);   // beside 8 sums a unit
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    const int column = units[u].column + lane * 8;
+    if (units[u].token < 0 || column >= hidden) continue;
+    uint4 out;
+    out.x = ptx::to_bf16x2(sum[u][0], sum[u][1]);
+    out.y = ptx::to_bf16x2(sum[u][2], sum[u][3]);
+    out.z = ptx::to_bf16x2(sum[u][4], sum[u][5]);
+    out.w = ptx::to_bf16x2(sum[u][6], sum[u][7]);
+    *reinterpret_cast<uint4*>(p.y + int64_t{units[u].token} * hidden + column) = out;
+  }
+}
+
+// Whether a rank has stored its rows of a column group.
+__device__ __forceinline__ bool has_rows(const MegaMoeParams& p, int num_blocks, int group, int rank, uint32_t launch) {
+  const Shape& s = p.shape;
+  if (s.num_ranks > 1) return has_reached(p.local<uint32_t>(p.ws.results_sent) + rank * s.num_column_groups() + group, launch);
+  return ptx::load_acquire_gpu(p.group_done(launch) + group) >= static_cast<uint32_t>(num_blocks) * TaskList::group_width(s, group) * kServiceWarps;
+}
+
+// The units that one warp has claimed, group after group.
+class UnitClaims {
+ public:
+  __device__ UnitClaims(const MegaMoeParams& p, int num_blocks, uint32_t launch, int lane)
+      : p_(p), plan_(p.shape, p.num_tokens), num_blocks_(num_blocks), lane_(lane), launch_(launch) {}
+
+  __device__ __forceinline__ const CombinePlan& plan() const { return plan_; }
+  __device__ __forceinline__ int group() const { return group_; }   // of the units in hand, or where the next may come from
+  __device__ __forceinline__ int num_in_hand() const { return last_ - next_; }
+  __device__ __forceinline__ CombineUnit unit(int i) const { return plan_.unit(group_, next_ + i); }   // in hand
+  __device__ __forceinline__ void use(int num) { next_ += num; }
+  __device__ __forceinline__ bool finished() const { return group_ >= plan_.num_claimed; }
+
+  // Claims units when none are in hand; with kComplete only of a group whose rows are there. False: there are none to claim.
+  template <bool kComplete>
+  __device__ __forceinline__ bool claim() {
+    while (true) {
+      if (!entered_) skip_claimed();
+      if (finished()) return false;
+      if (kComplete && !entered_) {
+        const bool there = lane_ >= p_.shape.num_ranks || has_rows(p_, num_blocks_, group_, lane_, launch_);
+        if (!__all_sync(~0u, there)) return false;
+        __syncwarp();   // what few lanes have observed holds for all
+      }
+      const int num = plan_.claim(), num_units = plan_.num_units(group_);
+      uint32_t first = 0;
+      if (lane_ == 0) first = atomicAdd(p_.group_claimed(launch_) + group_, num);
+      next_ = static_cast<int>(__shfl_sync(~0u, first, 0));
+      last_ = min(next_ + num, num_units);
+      entered_ = next_ < num_units;
+      if (entered_) return true;
+      next_ = last_;
+    }
   }
 
  private:
-  static constexpr int kManyUnits = 8192;
-
-  // Whether every rank has stored its rows of the group.
-  __device__ __forceinline__ bool has_rows(const CombineGroup& group, bool wait) const {
-    const int num_ranks = p_.shape.num_ranks;
-    bool there = true;
-    if (num_ranks > 1) {
-      if (lane_ < num_ranks) {
-        const uint32_t* sent = p_.local<uint32_t>(p_.ws.results_sent) + lane_ * p_.shape.num_column_groups() + group_;
-        if (wait) wait_for_peer(p_, sent, launch_, PeerStep::kResults, lane_);
-        there = wait || has_reached(sent, launch_);
-      }
-    } else if (wait) {
-      if (lane_ == 0) ptx::wait_at_least(p_.group_done(launch_) + group_, group.target);
-    } else {
-      there = ptx::load_acquire_gpu(p_.group_done(launch_) + group_) >= group.target;
-    }
-    return __all_sync(~0u, there);
-  }
-
   // Moves on to the first group with unclaimed units: one look at all counters instead of one atomic operation a group and warp.
   __device__ __forceinline__ void skip_claimed() {
-    const int num_groups = p_.shape.num_column_groups();
-    while (group_ < num_groups) {
-      const int group = group_ + lane_;
-      const bool left = group < num_groups &&
-                        static_cast<int>(__ldcg(p_.group_claimed(launch_) + group)) < CombineGroup(p_, tasks_, min(group, num_groups - 1)).num_units;
+    while (group_ < plan_.num_claimed) {
+      const int mine = group_ + lane_;
+      const bool left = mine < plan_.num_claimed && static_cast<int>(__ldcg(p_.group_claimed(launch_) + mine)) < plan_.num_units(mine);
       const uint32_t groups_left = __ballot_sync(~0u, left);
       if (groups_left) {
         group_ += __ffs(groups_left) - 1;
@@ -166,11 +198,107 @@ class Combiner {
   }
 
   const MegaMoeParams& p_;
-  const TaskList& tasks_;
-  const int lane_;
+  const CombinePlan plan_;
+  const int num_blocks_, lane_;
   const uint32_t launch_;
-  int group_ = 0;
-  bool ready_ = false;
+  int group_ = 0, next_ = 0, last_ = 0;
+  bool entered_ = false;   // some units of group_ have been claimed here
 };
+
+// What a service warp combines between its other duties: one unit a step, because a tile may be waiting.
+template <typename Slots>
+class EarlyCombiner {
+ public:
+  __device__ EarlyCombiner(const MegaMoeParams& p, int num_blocks, uint32_t launch, int lane) : p_(p), lane_(lane), claims_(p, num_blocks, launch, lane) {}
+
+  __device__ __forceinline__ bool finished() const { return claims_.finished(); }
+  __device__ __forceinline__ int group() const { return claims_.group(); }   // the group it is at
+
+  // False: nothing to combine now.
+  __device__ __forceinline__ bool step() {
+    if (claims_.num_in_hand() == 0) {
+      if (!claims_.claim<true>()) return false;
+      look_up();
+      num_done_ = 0;
+    }
+    const CombineUnit units[1] = {claims_.unit(0)};
+    const uint32_t valid[1] = {__shfl_sync(~0u, valid_, num_done_++ * kLanesPerUnit)};
+    claims_.use(1);
+    combine_units<Slots, 1>(p_, units, valid, lane_);
+    return true;
+  }
+
+ private:
+  static constexpr int kLanesPerUnit = 32 / kMaxClaim;
+
+  // The valid slots of all units in hand, so that a step need not wait for them before it loads rows.
+  __device__ __forceinline__ void look_up() {
+    const int unit = lane_ / kLanesPerUnit, top_k = p_.shape.top_k;
+    valid_ = 0;
+    if (unit < claims_.num_in_hand()) {
+      const int* ids = p_.local<int>(p_.ws.topk_ids) + claims_.unit(unit).token * top_k;
+      for (int k = lane_ % kLanesPerUnit; k < top_k; k += kLanesPerUnit) valid_ |= static_cast<uint32_t>(__ldg(ids + k) >= 0) << k;
+    }
+#pragma unroll
+    for (int step = 1; step < kLanesPerUnit; step *= 2) valid_ |= __shfl_xor_sync(~0u, valid_, step);
+  }
+
+  const MegaMoeParams& p_;
+  const int lane_;
+  UnitClaims claims_;
+  uint32_t valid_ = 0;   // of the claim's units, kLanesPerUnit lanes each
+  int num_done_ = 0;     // of them
+};
+
+// What a math warp combines behind its last product: what is left to claim, then its share: units worker, worker + num_workers, ...
+// If there are tokens, every group has a unit, and whoever combines it has waited for all ranks: a launch's end relies on that (peers.cuh).
+template <typename Slots>
+__device__ inline void combine_rest(const MegaMoeParams& p, int num_blocks, uint32_t launch, int worker, int num_workers, int lane) {
+  UnitClaims claims(p, num_blocks, launch, lane);
+  const CombinePlan& plan = claims.plan();
+  const int num_shared = plan.num_shared();
+  // Eight lanes look after each unit: one for every rank that may send its rows.
+  static_assert(kMathUnits * kMaxRanks == 32);
+  const int my_unit = lane / kMaxRanks, my_rank = lane % kMaxRanks;
+  while (true) {
+    CombineUnit mine{-1, 0};
+    int group = -1;
+    if (claims.num_in_hand() > 0 || claims.claim<false>()) {
+      const int num = min(claims.num_in_hand(), kMathUnits);
+      group = claims.group();
+      if (my_unit < num) mine = claims.unit(my_unit);
+      claims.use(num);
+    } else if (worker < num_shared) {
+      const int number = worker + my_unit * num_workers;
+      if (number < num_shared) {
+        group = plan.group_of_shared(number);
+        mine = plan.shared_unit(number);
+      }
+      worker += kMathUnits * num_workers;
+    } else {
+      return;
+    }
+    CombineUnit units[kMathUnits];
+    int ids[kMathUnits];
+#pragma unroll
+    for (int u = 0; u < kMathUnits; ++u) {
+      units[u] = {__shfl_sync(~0u, mine.token, u * kMaxRanks), __shfl_sync(~0u, mine.column, u * kMaxRanks)};
+      ids[u] = units[u].token >= 0 ? slot_id(p, units[u].token, lane) : -1;
+    }
+    // The whole warp polls and gives up together: if lanes wait on their own, or for each other in __syncwarp here, ptxas takes the descriptors of
+    // all products out of uniform registers (32 R2UR a loop).
+    const bool waits = mine.token >= 0 && my_rank < p.shape.num_ranks;
+    const uint64_t begin = ptx::global_timer();
+    while (const uint32_t missing = __ballot_sync(~0u, waits && !has_rows(p, num_blocks, group, my_rank, launch))) {
+      const bool late = p.shape.num_ranks > 1 && ptx::global_timer() - begin > p.timeout_ns;
+      if (__any_sync(~0u, late)) give_up(p, PeerStep::kResults, (__ffs(missing) - 1) % kMaxRanks, launch);
+      __nanosleep(64);   // hundreds of warps may look at one address, and the increments they wait for go through the same L2 slice
+    }
+    uint32_t valid[kMathUnits];
+#pragma unroll
+    for (int u = 0; u < kMathUnits; ++u) valid[u] = __ballot_sync(~0u, ids[u] >= 0);
+    combine_units<Slots, kMathUnits>(p, units, valid, lane);
+  }
+}
 
 }  // namespace hopper_moe

@@ -45,6 +45,7 @@ __device__ __forceinline__ void copy_row(const uint8_t* source, PoolLane to, int
     uint4 v[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
+      v[i] = {};   // else ptxas keeps what a predicated load might leave alone, 16 registers through all that service warps do
       if (chunk + 32 * i < num_chunks) v[i] = ptx::load_l2(source + 512 * i);
     }
 #pragma unroll

@@ -62,7 +62,7 @@ struct Shape {
 struct Workspace {
   // control, zero before the first launch
   int64_t epoch;            // u32: launches so far; its parity picks the counters in use
-  int64_t exit_count;       // u32: CTAs that left the running launch
+  int64_t exit_count;       // u32: CTAs of the running launch that will not look at `epoch` again
   int64_t gave_up;          // u32: some thread has reported a missing peer
   int64_t arrived;          // u32 [num_ranks]: last launch whose counts that rank has sent here
   int64_t results_sent;     // u32 [num_ranks][column groups]: last launch whose rows of the group that rank has sent here

@@ -42,10 +42,18 @@ __device__ inline void announce_nothing(const MegaMoeParams& p, uint32_t launch,
   for (int group = warp; group < p.shape.num_column_groups(); group += kServiceWarps) announce_results(p, group, launch, lane);
 }
 
+// Every CTA calls it once, long before its end, which nobody then waits for: its one look at the number of launches lies behind it.
+__device__ inline void count_exit(const MegaMoeParams& p, uint32_t launch) {
+  if (ptx::add_acq_rel_gpu(p.local<uint32_t>(p.ws.exit_count), 1) == gridDim.x - 1) {
+    *p.local<uint32_t>(p.ws.exit_count) = 0;
+    *p.local<uint32_t>(p.ws.epoch) = launch;
+  }
+}
+
 // kFp8Combine: as Shape::fp8_combine says.
 template <bool kFp8Combine>
 __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_constant__ MegaMoeParams p) {
-  using CombinerOf = Combiner<std::conditional_t<kFp8Combine, E4m3Slots, Bf16Slots>>;
+  using Slots = std::conditional_t<kFp8Combine, E4m3Slots, Bf16Slots>;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(shared_memory);
   const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -59,7 +67,9 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
     ptx::fence_mbarrier_init();
   }
   ptx::grid_dependency_wait();   // pre-dispatch: tokens, lists and counts
-  const uint32_t launch = __ldcg(p.local<uint32_t>(p.ws.epoch)) + 1;
+  if (threadIdx.x == 0) smem.launch = __ldcg(p.local<uint32_t>(p.ws.epoch)) + 1;
+  __syncthreads();
+  const uint32_t launch = smem.launch;
   if (p.shape.num_ranks > 1) exchange_counts(p, launch);
   build_expert_table(smem.experts, p, launch);   // ends with __syncthreads
   const TaskList tasks(smem.experts, p);
@@ -70,34 +80,24 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
                       (kMathWarps + kServiceWarps) * gridDim.x, lane);
     MathContext c{p, smem, ring, tile, {warp / 4, warp % 4, lane}};
     run_math(c, feed);
-    const TaskList again(smem.experts, p);   // nothing of the combiner's is kept in registers while the products run
-    CombinerOf combiner(p, again, lane, __ldcg(p.local<uint32_t>(p.ws.epoch)) + 1);
-    while (!combiner.finished()) combiner.step(true);
+    // Nothing that only the combine needs is kept in registers while the products run.
+    combine_rest<Slots>(p, smem.experts.block_base[p.shape.num_local_experts], smem.launch, warp * gridDim.x + blockIdx.x, kMathWarps * gridDim.x, lane);
   } else {
     ptx::set_max_registers_down<kOtherRegisters>();
-    CombinerOf combiner(p, tasks, lane, launch);
     if (warp < kFirstProducerWarp) {
       const int part = warp - kMathWarps, num_threads = kServiceWarps * 32;
       clear_next_counters(p, launch, blockIdx.x * num_threads + part * 32 + lane, gridDim.x * num_threads);
       count_load(p, smem.experts, part * 32 + lane, num_threads);
       if (tasks.num_blocks == 0 && p.shape.num_ranks > 1 && blockIdx.x == 0) announce_nothing(p, launch, part, lane);
+      EarlyCombiner<Slots> combiner(p, tasks.num_blocks, launch, lane);
       serve<Epilogue<kFp8Combine>>(p, smem, tile, tasks, combiner, feed, launch, part, lane);
     } else if (lane == 0) {
       if (warp == kFirstProducerWarp) {
         produce_weights(p, smem.experts, tasks, ring, feed, launch);
+        count_exit(p, launch);
       } else {
         produce_activations(p, smem.experts, tasks, ring, feed, launch);
       }
-    }
-    __syncwarp();
-    while (!combiner.finished()) combiner.step(true);
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    ptx::fence_gpu();
-    if (atomicAdd(p.local<uint32_t>(p.ws.exit_count), 1) == gridDim.x - 1) {
-      *p.local<uint32_t>(p.ws.exit_count) = 0;
-      *p.local<uint32_t>(p.ws.epoch) += 1;
     }
   }
 }

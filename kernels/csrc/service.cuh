@@ -6,8 +6,6 @@
 
 namespace hopper_moe {
 
-constexpr int kMinTokensToCombineEarly = 256;
-
 template <typename Epilogue, typename Combiner>
 __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& smem, const TileBarriers& tile, const TaskList& tasks,
                                       Combiner& combiner, TaskFeed feed, uint32_t launch, int part, int lane) {
@@ -16,21 +14,33 @@ __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& sme
   const Epilogue epilogue(p, smem, tile, tasks.num_blocks, part, lane, launch);
   const DispatchPlan plan(p, smem.experts);
   WaveGate gate(p, smem.experts, launch, lane);
-  // With few tokens a look at the combine counters takes longer than it could save: tiles are then answered at once, tokens combined at the end.
-  const bool combines = p.num_tokens >= kMinTokensToCombineEarly;
-  int row = plan.num_first + blockIdx.x + part * gridDim.x, index = feed.next().index;
+  int row = plan.num_first + blockIdx.x + part * gridDim.x;
   uint32_t phase = 0;
-  while (index < tasks.num_tasks || row < plan.num_rows) {
-    if (index < tasks.num_tasks && __all_sync(~0u, ptx::mbarrier_test_wait(tile.full, phase))) {
-      epilogue.run(tasks.get(smem.experts, p, index));
+  Task task;
+  bool has_task = true, is_known = false;
+  while (true) {
+    if (!is_known && has_task) {   // looked up before its tile is there: math waits for what is done after
+      const int index = warp_uniform(feed.next().index);
+      has_task = index < tasks.num_tasks;
+      if (has_task) task = tasks.get(smem.experts, p, index);
+      is_known = true;
+    }
+    if (has_task && __all_sync(~0u, ptx::mbarrier_test_wait(tile.full, phase))) {
+      epilogue.run(task);
       phase ^= 1;
-      index = warp_uniform(feed.next().index);
-    } else if (row < plan.num_rows && gate.admits(row)) {
-      dispatch_row<4>(p, smem.experts, launch, row, lane);
-      row += num_service;
-    } else if (!combines) {
-      ptx::mbarrier_try_wait(tile.full, phase);   // sleeps until the tile is there, or a while
-    } else if (!combiner.step(false)) {
+      is_known = false;
+    } else if (row < plan.num_rows) {
+      if (gate.admits(row)) {
+        dispatch_row<4>(p, smem.experts, launch, row, lane);
+        row += num_service;
+      } else {
+        __nanosleep(50);
+      }
+    } else if (has_task && (combiner.finished() || task.is_l1 || combiner.group() >= task.tile / kGroupTiles)) {
+      ptx::mbarrier_try_wait(tile.full, phase);   // rows of this task's group cannot be complete: sleeps until the tile is there, or a while
+    } else if (combiner.finished()) {
+      return;
+    } else if (!combiner.step()) {
       __nanosleep(50);
     }
   }

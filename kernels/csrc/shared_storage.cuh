@@ -15,6 +15,7 @@ struct SharedStorage {
   uint64_t tile_full, tile_empty;
   uint64_t task_posted[kNumTaskSlots];
   TaskSlot task_slots[kNumTaskSlots];
+  uint32_t launch;
   ExpertTable experts;
 };
 static_assert(sizeof(SharedStorage) <= 227 * 1024);
