@@ -58,6 +58,16 @@ def build() -> Path:
     return Path(spec.get_library_path())
 
 
+def tuning_batch(
+    num_tokens: int, hidden_size: int, top_k: int, num_experts: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden_states, topk_ids, topk_weights) that use all experts alike. Types are named: while SGLang loads a model, torch's
+    default is BF16."""
+    x = torch.zeros(num_tokens, hidden_size, dtype=torch.bfloat16, device=device)
+    ids = torch.arange(num_tokens * top_k, dtype=torch.int32, device=device).view(-1, top_k) % num_experts
+    return x, ids, torch.ones(ids.shape, dtype=torch.float32, device=device)
+
+
 class W4A16:
     """The layer for one shape; shared by all layers of a model. CUDA-graph capturable; takes its workspace per call."""
 
@@ -162,10 +172,11 @@ class W4A16:
         if self._is_tuned:
             return
         started = time.monotonic()
-        x = torch.zeros(min(self.capacity, MAX_TUNED_TOKENS), self.hidden_size, dtype=torch.bfloat16, device=self.device)
-        ids = torch.arange(x.shape[0] * self.top_k, device=self.device, dtype=torch.int32).view(-1, self.top_k) % self.num_experts
+        batch = tuning_batch(
+            min(self.capacity, MAX_TUNED_TOKENS), self.hidden_size, self.top_k, self.num_experts, self.device
+        )
         with autotune(True):
-            self(x, ids, torch.ones(ids.shape, device=self.device), experts)
+            self(*batch, experts)
         torch.cuda.synchronize(self.device)
         self._is_tuned = True
         logger.info("w4a16: FlashInfer measured its tiles in %.0f s", time.monotonic() - started)

@@ -14,7 +14,7 @@ from stub_server import Stub
 
 from hopper_moe.eval.serving import free_port
 from hopper_moe.launch.h200 import breakdown, compare, report, serve, soak
-from hopper_moe.launch.h200.bench import loads
+from hopper_moe.launch.h200.bench import first_round, loads
 from hopper_moe.launch.h200.random_checkpoint import mtp_shapes, random_state, tensor_shapes
 from hopper_moe.launch.h200.server import log_facts, serving
 from hopper_moe.moe_backends.errors import Refusal
@@ -205,6 +205,8 @@ def test_the_report_compares_with_the_better(tmp_path):
 
 def test_loads_are_prompts_alone_and_batches():
     planned = loads([1, 64], 1024, 256)
+    assert [(load.concurrency, load.output_len) for load in first_round(planned)] == [(1, 1), (64, 32)]
+    assert [load.num_prompts for load in loads([1, 64], 1024, 256, batches=1)[1:]] == [1, 64]
     assert [(p.concurrency, p.num_prompts, p.output_len) for p in planned] == [(1, 6, 1), (1, 4, 256), (64, 128, 256)]
 
 

@@ -69,6 +69,9 @@ def test_rows_name_kernels_backends_and_mistakes(tmp_path: Path) -> None:
     ours, stock = (h200_table.row_of(name, tmp_path, tmp_path) for name in ("w4a16", "marlin"))
     assert (ours.backend, ours.environment) == ("hopper_moe", {"HOPPER_MOE_KERNEL": "w4a16"})
     assert (stock.backend, stock.environment) == ("marlin", {})
+    two = h200_table.row_of("mxfp4_mega@2", tmp_path, tmp_path)
+    assert (two.name, two.folder) == ("mxfp4_mega, 2 GPUs", "mxfp4_mega-2-GPUs") and two.arguments[:4] == ("--tp", "2", "--dp", "2")
+    assert two.environment == {"HOPPER_MOE_KERNEL": "mxfp4_mega"} and not ours.arguments
     wrong = h200_table.sabotaged_row("clamp missing", tiny_model(), "w4a16", tmp_path)
     assert wrong.sabotage and wrong.folder == "clamp-missing" and (wrong.model / "config.json").exists()
     assert h200_table.sabotaged_row("clamp missing", tiny_model(), "w4a16", tmp_path) == wrong  # again: what is there is kept

@@ -11,6 +11,7 @@ import pytest
 import torch
 from layer_data import make_layer
 
+from hopper_moe.kernels.w4a16 import tuning_batch
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import create_runner
 from hopper_moe.quantization.packing_w4a16 import InterleavedExperts, interleave_scale, up_first
@@ -86,3 +87,14 @@ def test_merging_compiles_for_hopper():
     constants = {"top_k": 6, "block": 64}
     source = ASTSource(fn=_merge, signature=tensors | dict.fromkeys(constants, "constexpr"), constexprs=constants)
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+def test_tuning_gives_the_kernel_its_types_whatever_the_default_is():
+    """A server failed here: SGLang sets the default type to the model's while it loads."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        x, ids, weights = tuning_batch(5, 128, 2, 4, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (x.dtype, ids.dtype, weights.dtype) == (torch.bfloat16, torch.int32, torch.float32)
+    assert x.shape == (5, 128) and ids.shape == weights.shape == (5, 2) and sorted(ids.unique().tolist()) == [0, 1, 2, 3]

@@ -53,21 +53,27 @@ SGLANG_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table and the server behind it. `environment`: variables of that server beside this process's."""
+    """A line of the table and the server behind it. `environment`: variables of that server beside this process's; `arguments`:
+    of SGLang, beside everybody's."""
 
     name: str
     model: Path
     backend: str
     environment: dict[str, str] = field(default_factory=dict)
     sabotage: bool = False
+    arguments: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
-        return self.name.replace(" ", "-")
+        return self.name.replace(",", "").replace(" ", "-")
 
 
 def row_of(name: str, model: Path, out: Path) -> Row:
-    """A kernel of this package, `exact`, or else one of SGLang's own MoE backends."""
+    """A kernel of this package (KERNEL@N: on N GPUs), `exact`, or else one of SGLang's own MoE backends."""
+    kernel, at, gpus = name.partition("@")
+    if at:
+        arguments = ("--tp", gpus, "--dp", gpus, "--enable-dp-attention", "--ep", gpus, "--disable-custom-all-reduce")
+        return Row(f"{kernel}, {gpus} GPUs", model, BACKEND, {"HOPPER_MOE_KERNEL": kernel}, arguments=arguments)
     if name in KERNELS:
         return Row(name, model, BACKEND, {"HOPPER_MOE_KERNEL": name})
     if name != EXACT:
@@ -97,7 +103,7 @@ def started(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ..
                 log=out / "servers" / f"{row.folder}.log",
                 ready_timeout=timeout,
                 environment=row.environment,
-                arguments=(*SGLANG_ARGUMENTS, *arguments),
+                arguments=(*SGLANG_ARGUMENTS, *row.arguments, *arguments),
             )
         )
 
@@ -188,7 +194,8 @@ def texts(folder: Path) -> dict[str, str]:
     "--kernels",
     default="reference,exact,mxfp4_mega,w4a16",
     show_default=True,
-    help="Comma-separated, reference first: kernels, `exact` (FP64, nothing rounded), or SGLang's own backends, such as marlin.",
+    help="Comma-separated, reference first: kernels (KERNEL@N: tokens and experts on N GPUs), `exact` (FP64, nothing rounded), or "
+    "SGLang's own backends, such as marlin.",
 )
 @click.option("--model", default=MODEL, type=click.Path(path_type=Path))
 @click.option("--data", default=QUESTIONS, type=click.Path(path_type=Path))
@@ -221,7 +228,7 @@ def main(
     what = {"num_examples": num_examples, "data": data, "compared": COMPARED if log_probabilities else 0}
     wrong = ask_all(rows, out, ready_timeout, sglang_arguments, **what)
     if not (out / "reference" / "metrics.json").exists():
-        sys.exit(f"no reference to compare with: {wrong['reference']}")
+        sys.exit(f"no reference to compare with; went wrong: {wrong or 'nothing'}")
     found = [scored(row, out) for row in rows if (out / row.folder / "metrics.json").exists()]
     (out / "rows.json").write_text(json.dumps(found, indent=1) + "\n")
     table = markdown(found)

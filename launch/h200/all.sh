@@ -7,7 +7,8 @@ config=$1 out=$(mkdir -p "$2" && cd "$2" && pwd)
 shift 2
 export PYTHONSAFEPATH=1 HOPPER_MOE_KERNEL=${HOPPER_MOE_KERNEL:-mxfp4_mega}
 here="python3 -m hopper_moe.launch.h200"
-common="--context-length 65536 --mem-fraction-static 0.85 --max-total-tokens 262144 --max-running-requests 128 --enable-metrics $*"
+# A tenth of the tokens is the pool of the sliding window, in pages of 256: 128 requests need 2 million, or they queue for pages.
+common="--context-length 65536 --mem-fraction-static 0.85 --max-total-tokens 2097152 --max-running-requests 128 --enable-metrics $*"
 model=$out/checkpoint
 test -e "$model/config.json" || $here.random_checkpoint "$config" "$model"
 

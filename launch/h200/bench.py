@@ -5,7 +5,7 @@
     python -m hopper_moe.launch.h200.report DIR        # table and plot
 
 All servers live on the GPU at once and one is loaded at a time, round after round, so that a drift of the machine meets all.
-Each load runs once unmeasured first, with short answers. Everything after `--` goes to every server.
+First the prompts and the largest batches run unmeasured, with short answers. Everything after `--` goes to every server.
 """
 
 from __future__ import annotations
@@ -33,12 +33,19 @@ from hopper_moe.moe_backends.errors import Refusal
 ROUNDS = 2
 OWN_FACTS = ("kv_tokens", "workspace_gib", "packed_gib")  # of a log, whatever else runs on the GPU
 PREFILL = Load(concurrency=1, num_prompts=6, input_len=8192, output_len=1)
-FIRST_OUTPUT_LEN = 32  # of the round that is not kept: enough to compile and capture
+FIRST_OUTPUT_LEN = 32  # of the round that is not kept
 
 
 def loads(concurrencies: Sequence[int], input_len: int, output_len: int, batches: int | None = None) -> list[Load]:
     """Prompts alone, then `batches` of requests at each concurrency (None: two, four at 1 and 8), in the order given."""
     return [PREFILL, *(Load(c, c * (batches or (4 if c < 32 else 2)), input_len, output_len) for c in concurrencies)]
+
+
+def first_round(planned: Sequence[Load]) -> list[Load]:
+    """What makes the servers compile all that the loads need: decoding was compiled with the graphs, prefill sees the most kinds
+    of batches where most prompts come at once."""
+    largest = max(planned, key=lambda load: load.concurrency)
+    return [load for load in planned if load.output_len == 1] + [replace(largest, output_len=FIRST_OUTPUT_LEN)]
 
 
 def start_all(
@@ -131,7 +138,7 @@ def measure_all(servers: dict[str, Server], model: str, planned: list[Load], rou
     """Append one JSON line for each round, load and backend to `out/serving.jsonl`; round 0 is not kept. Returns what failed."""
     started, seed, failed = time.monotonic(), time.time_ns() % (1 << 30), []
     for number in range(rounds + 1):
-        for load in planned if number else (replace(load, output_len=min(load.output_len, FIRST_OUTPUT_LEN)) for load in planned):
+        for load in planned if number else first_round(planned):
             for backend, server in servers.items():
                 if time.monotonic() - started > seconds:
                     click.echo(f"stopped after {seconds:.0f} s in round {number}")

@@ -99,20 +99,15 @@ def metric(text: str, name: str) -> float | None:
 
 
 def observe(url: str) -> dict[str, float | None]:
-    """Memory and counters now. Metrics are there when the server was started with --enable-metrics."""
+    """Memory of all GPUs and counters now. Metrics are there when the server was started with --enable-metrics."""
     import pynvml
 
     pynvml.nvmlInit()
-    used = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used / 2**20
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    used = sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles) / 2**20
     pynvml.nvmlShutdown()
     text = httpx.get(f"{url}/metrics", timeout=30).text
-    names = (
-        "sglang:num_running_reqs",
-        "sglang:num_queue_reqs",
-        "hopper_moe:kernel_launches_total",
-        "hopper_moe:eager_tokens_total",
-    )
-    return {"gpu_mib": used, **{name: metric(text, name) for name in names}}
+    return {"gpu_mib": used, **{name: metric(text, name) for name in _METRICS}}
 
 
 def verdict(
