@@ -37,6 +37,9 @@ NAMES = {
     "reference": "reference (W4A8)",
     "w4a16": "w4a16 (no activation quantisation)",
     "transformers": "transformers' own experts, FP32",
+    "exact": "exact arithmetic (FP64, nothing rounded)",
+    "mxfp4_mega": "mxfp4_mega (fused kernel)",
+    "mxfp4_mega, 2 GPUs": "mxfp4_mega, tokens and experts over 2 GPUs",
 }
 
 

@@ -3,8 +3,8 @@
 \b
     python -m hopper_moe.eval.gpu_model.h200_table --out DIR [-- SGLANG_ARGUMENTS]
 
-Serves `eval/data/gpu_dsv4` once per row and once per sabotaged checkpoint, asks the 1,200 held-out questions, and writes table
-and plot into eval/README.md. The servers live on the GPU together (the model is small, and nothing is timed here); a server that
+Serves `eval/data/gpu_dsv4` once per row and once per sabotaged checkpoint, asks the 1,200 held-out questions, and writes table,
+plot and table_of_truth_h200.json into eval/README.md's folder. The servers live on the GPU together (the model is small, and nothing is timed here); a server that
 does not start costs its row only. Run again with the same DIR, it asks only what is missing.
 """
 
@@ -230,14 +230,14 @@ def main(
     if not (out / "reference" / "metrics.json").exists():
         sys.exit(f"no reference to compare with; went wrong: {wrong or 'nothing'}")
     found = [scored(row, out) for row in rows if (out / row.folder / "metrics.json").exists()]
-    (out / "rows.json").write_text(json.dumps(found, indent=1) + "\n")
+    (readme.parent / "table_of_truth_h200.json").write_text(json.dumps(found, indent=1) + "\n")
     table = markdown(found)
     click.echo(table)
     for row in found:
         if "same_text" in row:
             click.echo(f"{row['name']}: {row['same_text']} answers in the reference's very words; {row.get('tokens', '')}")
     write_table(readme, "table of truth, H200", table)
-    plot(found, readme.parent / "table_of_truth_h200.png", "GPU model in stock SGLang, one H200")
+    plot(found, readme.parent / "table_of_truth_h200.png", "GPU model in stock SGLang, H200")
     bad = [row["name"] for row in found if "verdict" in row and (row["verdict"] == "worse") != row["sabotage"]]
     if bad or wrong:
         raise SystemExit(f"not as it should be: {', '.join(bad) or 'nothing'}; went wrong: {wrong or 'nothing'}")
