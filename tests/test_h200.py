@@ -14,7 +14,7 @@ from stub_server import Stub
 
 from hopper_moe.eval.serving import free_port
 from hopper_moe.launch.h200 import breakdown, compare, report, serve, soak
-from hopper_moe.launch.h200.bench import first_round, loads
+from hopper_moe.launch.h200.bench import decode_pace, first_round, loads
 from hopper_moe.launch.h200.random_checkpoint import mtp_shapes, random_state, tensor_shapes
 from hopper_moe.launch.h200.server import log_facts, serving
 from hopper_moe.moe_backends.errors import Refusal
@@ -188,6 +188,7 @@ def row(backend: str, concurrency: int, tpot: float, output_len: int = 256) -> d
 
 def test_the_report_compares_with_the_better(tmp_path):
     rows = [row("hopper_moe", 64, 2.0), row("hopper_moe", 64, 2.2), row("marlin", 64, 3.0), row("flashinfer_mxfp4", 64, 2.5)]
+    rows[0]["decode_pace"], rows[2]["decode_pace"] = 600.0, 400.0
     rows += [row("hopper_moe", 1, 1.0), row("marlin", 1, 1.0), row("hopper_moe", 1, 4.0, 1), row("marlin", 1, 5.0, 1)]
     servers = {
         b: {"gpu_gib": 20.0, "seconds_to_ready": 30.0, "weights_gib": 17.5} for b in ("hopper_moe", "marlin", "flashinfer_mxfp4")
@@ -197,10 +198,16 @@ def test_the_report_compares_with_the_better(tmp_path):
     result = CliRunner().invoke(report.main, [str(tmp_path)])
     assert result.exit_code == 0, result.output
     lines = (tmp_path / "serving.md").read_text().splitlines()
-    assert lines[2].startswith("| 1 |") and lines[3].startswith("| 64 | 2.10 (2.00-2.20), 2.10, 20; 477 |")
-    assert lines[3].endswith("| 1.19x |")  # median of 1000/2 and 1000/2.2, against 400
+    assert lines[2].startswith("| 1 |") and lines[3].startswith("| 64 | 2.10 (2.00-2.20), 2.10, 20; 477; 600 |")
+    assert lines[3].endswith("| 1.19x | 1.50x |")  # median of 1000/2 and 1000/2.2, against 400; 600 against 400
     assert any(line.startswith("| 1024 | 20.0, 1250 | 20.0, 1000 |  | 1.25x |") for line in lines)
     assert (tmp_path / "serving.png").stat().st_size > 1000
+
+
+def test_the_servers_own_pace_is_read_while_all_requests_decode():
+    line = "[2026-11-21 15:18:12] Decode batch, #running-req: {}, #full token: 9, gen throughput (token/s): {}, #queue-req: 0\n"
+    log = "".join(line.format(*pair) for pair in ((64, 90.5), (64, 16010.81), (64, 16011.54), (8, 7), (64, 16500.0)))
+    assert decode_pace(log, 64) == pytest.approx((16010.81 + 16011.54) / 2) and decode_pace(log, 128) is None
 
 
 def test_loads_are_prompts_alone_and_batches():

@@ -180,7 +180,8 @@ def scored(row: Row, out: Path) -> dict[str, Any]:
     given = [out / "log_probabilities" / f"{name}.json" for name in (row.folder, "reference")]
     if all(path.exists() for path in given):
         found["tokens"] = summary(*(json.loads(path.read_text()) for path in given))
-    return found | json.loads((folder / "compare" / "compare.json").read_text())
+    compared = json.loads((folder / "compare" / "compare.json").read_text())
+    return found | {key: value for key, value in compared.items() if key not in ("a", "b")}  # paths of this machine
 
 
 def texts(folder: Path) -> dict[str, str]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -134,6 +136,16 @@ def main(
         raise click.ClickException("\n".join(problems))
 
 
+_DECODE_LINE = re.compile(r"Decode batch, #running-req: (\d+),.*?gen throughput \(token/s\): ([\d.]+)")
+
+
+def decode_pace(log: str, concurrency: int) -> float | None:
+    """Output tokens/s while all requests decode, the median of what SGLang logs every 40 steps: the server's own pace, whatever
+    its streams' reader can take. None: no such line."""
+    paces = [float(pace) for running, pace in _DECODE_LINE.findall(log) if int(running) == concurrency]
+    return statistics.median(paces) if paces else None
+
+
 def measure_all(servers: dict[str, Server], model: str, planned: list[Load], rounds: int, seconds: float, out: Path) -> list[str]:
     """Append one JSON line for each round, load and backend to `out/serving.jsonl`; round 0 is not kept. Returns what failed."""
     started, seed, failed = time.monotonic(), time.time_ns() % (1 << 30), []
@@ -144,12 +156,14 @@ def measure_all(servers: dict[str, Server], model: str, planned: list[Load], rou
                     click.echo(f"stopped after {seconds:.0f} s in round {number}")
                     return failed
                 seed += 1
+                said = server.log.stat().st_size
                 try:
                     row = {"backend": backend, "round": number, **measure(server.url, model, load, seed)}
                 except Refusal as refusal:
                     failed.append(str(refusal))
                     click.echo(failed[-1])
                     continue
+                row["decode_pace"] = decode_pace(server.log.read_bytes()[said:].decode(errors="replace"), load.concurrency)
                 click.echo(f"[{time.monotonic() - started:.0f} s] {_line(row)}")
                 if number:
                     with (out / "serving.jsonl").open("a") as file:
@@ -161,7 +175,7 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['backend']:<18} round {row['round']} c {row['concurrency']:<4} in {row['input_len']} out {row['output_len']}: "
         f"tpot {row['median_tpot_ms']:.2f} itl {row['median_itl_ms']:.2f} ttft {row['median_ttft_ms']:.1f} ms, "
-        f"{row['total_throughput']:.0f} tok/s"
+        f"{row['total_throughput']:.0f} tok/s, decoding {row['decode_pace'] or float('nan'):.0f} tok/s"
     )
 
 

@@ -31,18 +31,24 @@ def _median(rows: list[dict[str, Any]]) -> Cell:
     figures = ("median_tpot_ms", "median_itl_ms", "median_ttft_ms", "output_throughput", "input_throughput")
     cell = {name: statistics.median(row[name] for row in rows) for name in figures}
     tpots = [row["median_tpot_ms"] for row in rows]
-    return cell | {"tpot_low": min(tpots), "tpot_high": max(tpots)}
+    paces = [row["decode_pace"] for row in rows if row.get("decode_pace")]
+    pace = {"decode_pace": statistics.median(paces)} if paces else {}
+    return cell | {"tpot_low": min(tpots), "tpot_high": max(tpots)} | pace
 
 
 def markdown(rows: list[dict[str, Any]], servers: dict[str, Any]) -> str:
-    """The decode table (times in ms, range over rounds), the prefill table, and the memory table; no line without a value."""
+    """The decode table (times in ms, range over rounds), the prefill table, and the memory table; no line without a value.
+
+    "decoding": the server's own pace with all requests running; the rest is what the client saw.
+    """
     found, backends = sorted(cells(rows).items()), list(servers)
-    decode = [_head("concurrency", [f"{b}: TPOT (range), ITL, TTFT ms; out tok/s" for b in backends] + ["against the better"])]
+    heads = [f"{b}: TPOT (range), ITL, TTFT ms; out tok/s; decoding tok/s" for b in backends]
+    decode = [_head("concurrency", [*heads, "against the better: out", "decoding"])]
     prefill = [_head("prompt", [f"{b}: TTFT ms, in tok/s" for b in backends] + ["against the better"])]
     for (concurrency, input_len, output_len), per in found:
         if output_len > 1:
             shown = [_decode(per[b]) if b in per else "" for b in backends]
-            decode.append(_line(concurrency, [*shown, _ratio(per, "output_throughput")]))
+            decode.append(_line(concurrency, [*shown, _ratio(per, "output_throughput"), _ratio(per, "decode_pace")]))
         else:
             shown = [f"{per[b]['median_ttft_ms']:.1f}, {per[b]['input_throughput']:.0f}" if b in per else "" for b in backends]
             prefill.append(_line(input_len, [*shown, _ratio(per, "input_throughput")]))
@@ -76,15 +82,15 @@ def _decode(cell: Cell) -> str:
     return (
         f"{cell['median_tpot_ms']:.2f} ({cell['tpot_low']:.2f}-{cell['tpot_high']:.2f}), {cell['median_itl_ms']:.2f}, "
         f"{cell['median_ttft_ms']:.0f}; {cell['output_throughput']:.0f}"
-    )
+    ) + (f"; {cell['decode_pace']:.0f}" if "decode_pace" in cell else "")
 
 
 def _ratio(per: dict[str, Cell], figure: str) -> str:
-    others = [cell[figure] for backend, cell in per.items() if backend != BACKEND]
-    return f"{per[BACKEND][figure] / max(others):.2f}x" if others and BACKEND in per else ""
+    others = [cell[figure] for backend, cell in per.items() if backend != BACKEND and figure in cell]
+    return f"{per[BACKEND][figure] / max(others):.2f}x" if others and figure in per.get(BACKEND, {}) else ""
 
 
-_PLOTTED = {"median_itl_ms": "time between tokens, ms", "output_throughput": "output tokens/s"}
+_PLOTTED = {"median_itl_ms": "time between tokens at the client, ms", "decode_pace": "tokens/s while all requests decode"}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -98,8 +104,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for axis, (name, label) in zip(axes, _PLOTTED.items(), strict=True):
         for backend in dict.fromkeys(row["backend"] for row in rows):
-            points = [(key[0], per[backend][name]) for key, per in found.items() if backend in per]
-            axis.plot(*zip(*points, strict=True), marker="o", label=backend)
+            points = [(key[0], per[backend][name]) for key, per in found.items() if name in per.get(backend, {})]
+            axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=backend)
         axis.set(xscale="log", xlabel="concurrency", ylabel=label)
         axis.set_xticks([key[0] for key in found], [str(key[0]) for key in found])
         axis.grid(alpha=0.3)
