@@ -13,6 +13,7 @@ struct PoolRow {
   int block, block_row, row;   // block number, its first pool row, the row inside it
   int tile;
 
+  PoolRow() = default;
   __device__ PoolRow(const MegaMoeParams& p, const ExpertTable& table, int index) {
     const Shape& s = p.shape;
     const int expert = find_expert(table.slot_base, s.num_local_experts, index), position = index - table.slot_base[expert];
@@ -27,6 +28,43 @@ struct PoolRow {
     block_row = row_in_wave(p, table.row_base[expert] + first);
     row = position - first;
   }
+
+  // The row that lane `from` has looked up.
+  __device__ __forceinline__ PoolRow(const PoolRow& mine, int from)
+      : rank(__shfl_sync(~0u, mine.rank, from)), slot(__shfl_sync(~0u, mine.slot, from)), block(__shfl_sync(~0u, mine.block, from)),
+        block_row(__shfl_sync(~0u, mine.block_row, from)), row(__shfl_sync(~0u, mine.row, from)), tile(__shfl_sync(~0u, mine.tile, from)) {}
+};
+
+// The rows begin, begin + stride, ... below `end` that one warp moves. Every lane looks one up, so that the searches and the reads of (other
+// ranks') slot lists take the time of one for 32 rows.
+class RowQueue {
+ public:
+  __device__ RowQueue(const MegaMoeParams& p, const ExpertTable& table, int begin, int stride, int end, int lane)
+      : p_(p), table_(table), next_(begin), stride_(stride), end_(end), lane_(lane) {
+    if (!empty()) look_up();
+  }
+
+  __device__ __forceinline__ bool empty() const { return next_ >= end_; }
+  __device__ __forceinline__ int index() const { return next_; }   // of the row that pop() gives
+  __device__ __forceinline__ PoolRow pop() {
+    const PoolRow row(mine_, taken_);
+    next_ += stride_;
+    if (++taken_ == 32 && !empty()) look_up();
+    return row;
+  }
+
+ private:
+  __device__ __forceinline__ void look_up() {
+    mine_ = PoolRow(p_, table_, min(next_ + lane_ * stride_, end_ - 1));
+    taken_ = 0;
+  }
+
+  const MegaMoeParams& p_;
+  const ExpertTable& table_;
+  int next_;
+  const int stride_, end_, lane_;
+  PoolRow mine_;
+  int taken_ = 0;
 };
 
 // The 16-byte chunks of a row that lane `lane` moves are lane, lane + 32, ...: always the same one of its 128-byte line, four lines further.
@@ -82,10 +120,9 @@ __device__ __forceinline__ void expand_row(const uint8_t* source, const int8_t* 
 
 // One warp moves one row.
 template <int kInFlight>
-__device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const ExpertTable& table, uint32_t launch, int index, int lane) {
+__device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const PoolRow& to, uint32_t launch, int lane) {
   const Shape& s = p.shape;
   const int groups = s.num_scale_groups(), num_chunks = s.hidden / 16;
-  const PoolRow to(p, table, index);
   const int token = to.slot / s.top_k;
   const uint8_t* source = p.peer<uint8_t>(to.rank, p.ws.x) + int64_t{token} * s.token_bytes();
   const PoolLane pool(p.local<uint8_t>(p.ws.pool_x) + int64_t{to.block_row} * s.hidden, to, lane);
@@ -125,7 +162,7 @@ template <int kInFlight>
 __device__ __forceinline__ void dispatch_first(const MegaMoeParams& p, const ExpertTable& table, uint32_t launch, int worker, int num_workers,
                                                int lane) {
   const DispatchPlan plan(p, table);
-  for (int row = worker; row < plan.num_first; row += num_workers) dispatch_row<kInFlight>(p, table, launch, row, lane);
+  for (RowQueue rows(p, table, worker, num_workers, plan.num_first, lane); !rows.empty();) dispatch_row<kInFlight>(p, rows.pop(), launch, lane);
 }
 
 // Which rows may be dispatched now: those of a later wave overwrite the pools of the wave before. For whole warps.

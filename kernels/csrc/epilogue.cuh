@@ -108,6 +108,7 @@ class Epilogue {
 
   // The copy engine takes a row of 256 bytes to its slot, one lane a row.
   __device__ __forceinline__ void store_rows(const Task& task, int first, int last) const {
+    ptx::fence_async_shared();   // what math stored, and this lane has acquired
     const uint32_t* slots = p_.local<uint32_t>(p_.ws.pool_slot) + task.block.row;
     const int column = task.tile * kRowTile;
     for (int row = first + lane_; row < last; row += 32) {

@@ -34,10 +34,12 @@ struct MathContext {
   }
 };
 
+constexpr float kLog2E = 1.44269504f;
+
 __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
   gate = ptx::min_nan(gate, limit);
   up = ptx::max_nan(ptx::min_nan(up, limit), -limit);
-  return gate * ptx::reciprocal(1.f + __expf(-gate)) * up;
+  return gate * ptx::reciprocal(1.f + ptx::exp2(-gate * kLog2E)) * up;
 }
 
 // 128 features in two passes of 128 packed rows: a thread's rows r and r + 8 are gate and up of one feature.
@@ -97,7 +99,6 @@ __device__ __forceinline__ void run_l2(MathContext& c, int first_row) {
     }
     ptx::store_matrix_transposed(c.tile_address(8 * (i + block / 2) + c.me.lane % 8, chunk), y);
   }
-  ptx::fence_async_shared();   // the rows leave by bulk copies
   c.hand_over_tile();
 }
 

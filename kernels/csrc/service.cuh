@@ -14,7 +14,7 @@ __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& sme
   const Epilogue epilogue(p, smem, tile, tasks.num_blocks, part, lane, launch);
   const DispatchPlan plan(p, smem.experts);
   WaveGate gate(p, smem.experts, launch, lane);
-  int row = plan.num_first + blockIdx.x + part * gridDim.x;
+  RowQueue rows(p, smem.experts, plan.num_first + blockIdx.x + part * gridDim.x, num_service, plan.num_rows, lane);
   uint32_t phase = 0;
   Task task;
   bool has_task = true, is_known = false;
@@ -29,10 +29,9 @@ __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& sme
       epilogue.run(task);
       phase ^= 1;
       is_known = false;
-    } else if (row < plan.num_rows) {
-      if (gate.admits(row)) {
-        dispatch_row<4>(p, smem.experts, launch, row, lane);
-        row += num_service;
+    } else if (!rows.empty()) {
+      if (gate.admits(rows.index())) {
+        dispatch_row<8>(p, rows.pop(), launch, lane);
       } else {
         __nanosleep(50);
       }

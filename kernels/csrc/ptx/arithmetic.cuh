@@ -32,6 +32,13 @@ __device__ __forceinline__ float reciprocal(float x) {
   return r;
 }
 
+// 2**x within 2 ulp; results below 2**-126 are 0, which 1 + 2**x does not see.
+__device__ __forceinline__ float exp2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // Two FP32 to two E4M3, round to nearest even, low byte = `low`.
 __device__ __forceinline__ uint16_t to_e4m3x2(float low, float high) {
   uint16_t r;

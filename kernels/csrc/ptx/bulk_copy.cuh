@@ -16,8 +16,8 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* global, uin
       : "memory");
 }
 
-// Shared to global by the async proxy, in this thread's current bulk group. What other threads stored in `smem` has to be fenced
-// (fence_async_shared) by them and handed over first.
+// Shared to global by the async proxy, in this thread's current bulk group. What other threads stored in `smem` has to be acquired and
+// fenced (fence_async_shared) first.
 __device__ __forceinline__ void bulk_store(void* global, uint32_t smem, uint32_t num_bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(smem), "r"(num_bytes) : "memory");
 }

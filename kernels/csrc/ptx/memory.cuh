@@ -8,7 +8,7 @@ namespace hopper_moe::ptx {
 // itself, before the release that publishes the data; the thread that reads, after its acquire.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// The same for shared memory that bulk copies read.
+// The same for shared memory that bulk copies read: by the thread that issues them, after it has acquired what others stored.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Release and acquire at GPU scope for everything this thread did or has observed.
