@@ -31,7 +31,7 @@ __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& sme
       is_known = false;
     } else if (!rows.empty()) {
       if (gate.admits(rows.index())) {
-        dispatch_row<8>(p, rows.pop(), launch, lane);
+        dispatch_row<4>(p, rows.pop(), launch, lane);
       } else {
         __nanosleep(50);
       }
