@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 
@@ -27,9 +29,30 @@ MAX_EXPERTS = 400  # kMaxExperts in csrc/layout.cuh: what the table in shared me
 MAX_CAPACITY_SLOTS = 1 << 24  # a slot number shares 32 bits with the rank
 
 
-def _workspace_offsets(shape: list[int], library: str = PackedExperts.library) -> dict[str, int]:
-    """Byte offset of every workspace field, by name, for the integers of struct Shape in csrc/layout.cuh."""
-    return dict(zip(_WORKSPACE_FIELDS, map(int, jit.load(library)["workspace_layout"](shape)), strict=True))
+class _Shape(NamedTuple):
+    """struct Shape of csrc/layout.cuh, in its order."""
+
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+    num_experts: int
+    num_local_experts: int
+    first_expert: int
+    num_ranks: int
+    rank: int
+    capacity: int
+    wave_rows: int
+    fp8_combine: bool
+    fp4_dispatch: bool
+
+    def integers(self) -> list[int]:
+        """As the library takes it."""
+        return [int(value) for value in self]
+
+
+def _workspace_offsets(shape: _Shape, library: str = PackedExperts.library) -> dict[str, int]:
+    """Byte offset of every workspace field, by name."""
+    return dict(zip(_WORKSPACE_FIELDS, map(int, jit.load(library)["workspace_layout"](shape.integers())), strict=True))
 
 
 def _wave_rows(num_ranks: int, capacity: int, top_k: int, num_local_experts: int) -> int:
@@ -53,13 +76,21 @@ def workspace_bytes(
     fp4_dispatch: bool = False,
     library: str = PackedExperts.library,
 ) -> int:
-    """Bytes of device memory that a `MegaMoE` of these sizes takes besides the weights. Compiles the library if need be; needs
-    no GPU."""
-    wave_rows = _wave_rows(num_ranks, num_tokens_capacity, top_k, num_local_experts)
-    shape = [
-        hidden_size, intermediate_size, top_k, num_experts, num_local_experts, 0, num_ranks, 0, num_tokens_capacity, wave_rows,
-        int(fp8_combine), int(fp4_dispatch),
-    ]  # fmt: skip
+    """Bytes of device memory that a `MegaMoE` takes besides the weights. Compiles the library if need be; needs no GPU."""
+    shape = _Shape(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        top_k=top_k,
+        num_experts=num_experts,
+        num_local_experts=num_local_experts,
+        first_expert=0,
+        num_ranks=num_ranks,
+        rank=0,
+        capacity=num_tokens_capacity,
+        wave_rows=_wave_rows(num_ranks, num_tokens_capacity, top_k, num_local_experts),
+        fp8_combine=fp8_combine,
+        fp4_dispatch=fp4_dispatch,
+    )
     return _workspace_offsets(shape, library)["num_bytes"]
 
 
@@ -147,12 +178,22 @@ class MegaMoE:
             wave_rows = _wave_rows(num_ranks, num_tokens_capacity, top_k, num_local_experts)
         if wave_rows < layout.ROW_BLOCK or wave_rows % layout.ROW_BLOCK:
             raise Refusal(f"wave_rows {wave_rows} is not a positive multiple of {layout.ROW_BLOCK}.")
-        # struct Shape in csrc/layout.cuh, in its order
-        self._shape = [
-            hidden_size, intermediate_size, top_k, num_experts, num_local_experts, first_expert, num_ranks, rank,
-            num_tokens_capacity, wave_rows, int(fp8_combine), int(fp4_dispatch),
-        ]  # fmt: skip
-        self.offsets = _workspace_offsets(self._shape, weights.library)
+        shape = _Shape(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            top_k=top_k,
+            num_experts=num_experts,
+            num_local_experts=num_local_experts,
+            first_expert=first_expert,
+            num_ranks=num_ranks,
+            rank=rank,
+            capacity=num_tokens_capacity,
+            wave_rows=wave_rows,
+            fp8_combine=fp8_combine,
+            fp4_dispatch=fp4_dispatch,
+        )
+        self._shape = shape.integers()
+        self.offsets = _workspace_offsets(shape, weights.library)
         self.num_bytes = self.offsets["num_bytes"]
         self.buffer = SymmetricBuffer(self.num_bytes, self.device, group)
         self.workspace = self.buffer.tensor
