@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from hopper_moe.moe_backends.base import ExpertShard
 
 
+_SIZE_MULTIPLE = 512  # a row's FP32 scales, one per 128 values, fill whole 16-byte units
+
+
 @dataclass(frozen=True)
 class DeepGemmExperts:
     """`base.ExpertTensors`: block-scaled E4M3. Rows of w13 are gate and up in eights; its scales keep `[w1; w3]`."""
@@ -90,6 +93,9 @@ class DeepGemmMegaRunner:
             raise Refusal("the installed deep_gemm has no fp8_mega_moe: pip install 'sgl-deep-gemm>=0.1.5'.")
         if shard.num_local_experts != shard.num_experts:
             raise Refusal(f"deep_gemm_mega is compared on one rank: give it all {shard.num_experts} experts of the layer.")
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(shard, name) % _SIZE_MULTIPLE:
+                raise Refusal(f"deep_gemm_mega takes {name} in multiples of {_SIZE_MULTIPLE}, not {getattr(shard, name)}.")
         self._experts, self._limit, self._buffer = experts, shard.swiglu_limit, _buffer(shard)
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
