@@ -32,7 +32,8 @@ def test_table_is_written_from_served_kernels(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(h200_table, "serving", partial(h200_table.serving, launcher=(sys.executable, "-c", HOST)))
     readme = tmp_path / "README.md"
     readme.write_text(MARKS)
-    arguments = ["--kernels", "reference,w4a16", "--no-sabotages", "--no-log-probabilities", "--num-examples", "16", "--model", str(tiny_model())]
+    arguments = ["--kernels", "reference,w4a16", "--no-sabotages", "--no-log-probabilities", "--num-examples", "16"]
+    arguments += ["--model", str(tiny_model())]
     arguments += ["--data", str(WORD_PROBLEMS), "--readme", str(readme), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(h200_table.main, arguments)
     assert result.exit_code == 0, result.output
@@ -70,7 +71,8 @@ def test_rows_name_kernels_backends_and_mistakes(tmp_path: Path) -> None:
     assert (ours.backend, ours.environment) == ("hopper_moe", {"HOPPER_MOE_KERNEL": "w4a16"})
     assert (stock.backend, stock.environment) == ("marlin", {})
     two = h200_table.row_of("mxfp4_mega@2", tmp_path, tmp_path)
-    assert (two.name, two.folder) == ("mxfp4_mega, 2 GPUs", "mxfp4_mega-2-GPUs") and two.arguments[:4] == ("--tp", "2", "--dp", "2")
+    assert (two.name, two.folder) == ("mxfp4_mega, 2 GPUs", "mxfp4_mega-2-GPUs")
+    assert two.arguments[:4] == ("--tp", "2", "--dp", "2")
     assert two.environment == {"HOPPER_MOE_KERNEL": "mxfp4_mega"} and not ours.arguments
     wrong = h200_table.sabotaged_row("clamp missing", tiny_model(), "w4a16", tmp_path)
     assert wrong.sabotage and wrong.folder == "clamp-missing" and (wrong.model / "config.json").exists()

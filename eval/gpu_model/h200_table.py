@@ -4,8 +4,9 @@
     python -m hopper_moe.eval.gpu_model.h200_table --out DIR [-- SGLANG_ARGUMENTS]
 
 Serves `eval/data/gpu_dsv4` once per row and once per sabotaged checkpoint, asks the 1,200 held-out questions, and writes table,
-plot and table_of_truth_h200.json into eval/README.md's folder. The servers live on the GPU together (the model is small, and nothing is timed here); a server that
-does not start costs its row only. Run again with the same DIR, it asks only what is missing.
+plot and table_of_truth_h200.json into eval/README.md's folder. The servers live on the GPU together (the model is small, and
+nothing is timed here); a server that does not start costs its row only. Run again with the same DIR, it asks only what is
+missing.
 """
 
 from __future__ import annotations
@@ -195,8 +196,8 @@ def texts(folder: Path) -> dict[str, str]:
     "--kernels",
     default="reference,exact,mxfp4_mega,w4a16",
     show_default=True,
-    help="Comma-separated, reference first: kernels (KERNEL@N: tokens and experts on N GPUs), `exact` (FP64, nothing rounded), or "
-    "SGLang's own backends, such as marlin.",
+    help="Comma-separated, reference first: kernels (KERNEL@N: tokens and experts on N GPUs), `exact` (FP64, nothing rounded), "
+    "or SGLang's own backends, such as marlin.",
 )
 @click.option("--model", default=MODEL, type=click.Path(path_type=Path))
 @click.option("--data", default=QUESTIONS, type=click.Path(path_type=Path))
@@ -204,7 +205,10 @@ def texts(folder: Path) -> dict[str, str]:
 @click.option("--sabotages/--no-sabotages", "with_sabotages", default=True, show_default=True)
 @click.option("--num-examples", type=click.IntRange(1), help="Only the first N questions.")
 @click.option(
-    "--log-probabilities/--no-log-probabilities", default=True, show_default=True, help=f"Compare {COMPARED} answers token by token."
+    "--log-probabilities/--no-log-probabilities",
+    default=True,
+    show_default=True,
+    help=f"Compare {COMPARED} answers token by token.",
 )
 @click.option("--ready-timeout", default=900.0, show_default=True, help="Seconds until every server must answer.")
 @click.option("--readme", default=README, type=click.Path(path_type=Path))

@@ -100,7 +100,7 @@ def describe(server: Server, together: bool) -> dict[str, Any]:
 @click.option("--concurrency", default="1,8,32,64,128", show_default=True)
 @click.option("--input-len", default=1024, show_default=True)
 @click.option("--output-len", default=1024, show_default=True)
-@click.option("--batches", type=click.IntRange(1), help="Requests at each concurrency, in batches of it  [default: 2, 4 below 32]")
+@click.option("--batches", type=click.IntRange(1), help="Batches of requests at each concurrency  [default: 2, 4 below 32]")
 @click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--stagger", type=float, help="Seconds between starts  [default: start the next when the last answers]")
 @click.option("--seconds", default=3600.0, show_default=True, help="Begin no load after this many.")

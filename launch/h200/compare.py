@@ -79,7 +79,7 @@ def chat(url: str, question: str = QUESTION) -> str:
 
 
 def answer(url: str, question: str, num_tokens: int) -> dict[str, Any]:
-    """One greedy answer of /v1/chat/completions as `greedy` gives them; its tokens are strings, the last one may end the answer."""
+    """One greedy answer of /v1/chat/completions as `greedy` gives them; tokens are strings, the last one may end the answer."""
     body = {
         "model": "default",
         "messages": [{"role": "user", "content": question}],

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -104,8 +105,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for axis, (name, label) in zip(axes, _PLOTTED.items(), strict=True):
         for backend in dict.fromkeys(row["backend"] for row in rows):
-            points = [(key[0], per[backend][name]) for key, per in found.items() if name in per.get(backend, {})]
-            axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=backend)
+            values = [per.get(backend, {}).get(name, math.nan) for per in found.values()]  # no line over what was not measured
+            axis.plot([key[0] for key in found], values, marker="o", label=backend)
         axis.set(xscale="log", xlabel="concurrency", ylabel=label)
         axis.set_xticks([key[0] for key in found], [str(key[0]) for key in found])
         axis.grid(alpha=0.3)
