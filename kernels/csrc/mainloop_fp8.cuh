@@ -4,7 +4,6 @@
 // times of the weight block. The order of k never depends on the tile, so neither do the bits of a result.
 #pragma once
 #include "multiply.cuh"
-#include "ptx/wgmma_shared.cuh"
 
 namespace hopper_moe {
 
