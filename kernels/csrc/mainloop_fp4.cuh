@@ -23,9 +23,9 @@ __device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N 
 
 // Consumes the stages of one pass over k. `last_stage(sum, address)` runs before the last stage is given back; it must not branch.
 template <int N, bool kL1>
-class MainLoop {
+class MainLoop : private StageReader {
  public:
-  __device__ MainLoop(const Ring& ring, StageCursor& cursor, const MathThread& me) : ring_(ring), cursor_(cursor), me_(me) {}
+  using StageReader::StageReader;
 
   template <typename LastStage>
   __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
@@ -41,11 +41,6 @@ class MainLoop {
  private:
   static constexpr int kChunks = chunks_per_stage(N);
 
-  __device__ __forceinline__ void wait_full(const StageCursor& at) const { ptx::mbarrier_wait(ring_.full_barrier(at.stage), at.phase); }
-  __device__ __forceinline__ void release(const StageCursor& at) const {
-    __syncwarp();
-    if (me_.lane == 0) ptx::mbarrier_arrive(ring_.empty_barrier(at.stage));
-  }
   __device__ __forceinline__ uint32_t unit(uint32_t data, int chunk) const {
     return data + stage_weights(N) + (chunk * 2 + me_.warpgroup) * kUnitBytes;
   }
@@ -63,7 +58,7 @@ class MainLoop {
   __device__ __forceinline__ void run_narrow(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
     uint32_t a[2][2][16];
     const int limit = opaque(num_chunks);
-    wait_full(cursor_);
+    wait_full();
     decode_stage(a[0]);
     int chunk = 0;
     for (; chunk + 4 <= num_chunks; chunk += 4) {
@@ -96,7 +91,7 @@ class MainLoop {
     ptx::wgmma_commit();
     cursor_.advance();
     if (more) {
-      wait_full(cursor_);
+      wait_full();
       decode_stage(next);
     }
     ptx::wgmma_wait<0>();
@@ -121,7 +116,7 @@ class MainLoop {
     uint32_t a[2][16];
     float d[N / 2];
     const int limit = opaque(num_chunks);
-    wait_full(cursor_);
+    wait_full();
     decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
     int chunk = 0;
     for (; chunk + 1 < num_chunks; chunk += 2) {
@@ -133,7 +128,7 @@ class MainLoop {
       const StageCursor second = cursor_;
       const uint32_t data = ring_.data(second.stage);
       if (chunk + 1 < limit) {
-        wait_full(second);
+        wait_full();
         decode_unit(a[1], unit(data, 0), me_.warp, me_.lane);
       }
       ptx::wgmma_fence();
@@ -143,7 +138,7 @@ class MainLoop {
       ptx::wgmma_wait<1>();
       release(first);
       if (chunk + 2 < num_chunks) {
-        wait_full(cursor_);
+        wait_full();
         decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
       }
       ptx::wgmma_wait<0>();
@@ -167,7 +162,7 @@ class MainLoop {
   __device__ __forceinline__ void run_wide_l2(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
     uint32_t a[2][16];
     const int limit = opaque(num_chunks);
-    wait_full(cursor_);
+    wait_full();
     decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
     int chunk = 0;
     for (; chunk + 2 < num_chunks; chunk += 2) {
@@ -193,7 +188,7 @@ class MainLoop {
     ptx::wgmma_commit();
     cursor_.advance();
     if (more) {
-      wait_full(cursor_);
+      wait_full();
       decode_unit(next, unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
     }
     ptx::wgmma_wait<0>();
@@ -201,10 +196,6 @@ class MainLoop {
     if (last) last_stage(sum, data);
     release(at);
   }
-
-  const Ring& ring_;
-  StageCursor& cursor_;
-  MathThread me_;
 };
 
 }  // namespace hopper_moe

@@ -16,9 +16,9 @@ struct RowScales {
 
 // Consumes the stages of one pass over k. `last_stage(sum, address)` runs before the last stage is given back; it must not branch.
 template <int N, bool kL1>
-class MainLoop {
+class MainLoop : private StageReader {
  public:
-  __device__ MainLoop(const Ring& ring, StageCursor& cursor, const MathThread& me) : ring_(ring), cursor_(cursor), me_(me) {}
+  using StageReader::StageReader;
 
   template <typename LastStage>
   __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
@@ -39,11 +39,6 @@ class MainLoop {
     float2 block;
   };
 
-  __device__ __forceinline__ void wait_full() const { ptx::mbarrier_wait(ring_.full_barrier(cursor_.stage), cursor_.phase); }
-  __device__ __forceinline__ void release(const StageCursor& at) const {
-    __syncwarp();
-    if (me_.lane == 0) ptx::mbarrier_arrive(ring_.empty_barrier(at.stage));
-  }
 
   __device__ __forceinline__ void multiply(float (&d)[N / 2], uint32_t data) const {
     const uint64_t weights = ptx::wgmma_descriptor(data + stage_weights(N) + me_.warpgroup * kUnitBytes);
@@ -93,10 +88,6 @@ class MainLoop {
     release(at);
     if constexpr (!kLast && !kWaitAhead) wait_full();
   }
-
-  const Ring& ring_;
-  StageCursor& cursor_;
-  MathThread me_;
 };
 
 }  // namespace hopper_moe

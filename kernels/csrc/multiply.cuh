@@ -11,6 +11,23 @@ struct MathThread {
   int warpgroup, warp, lane;    // warp: 0..3 in the warpgroup
 };
 
+// A math thread's place in the ring: the stages are waited for and given back alike, whatever they hold.
+class StageReader {
+ public:
+  __device__ StageReader(const Ring& ring, StageCursor& cursor, const MathThread& me) : ring_(ring), cursor_(cursor), me_(me) {}
+
+ protected:
+  __device__ __forceinline__ void wait_full() const { ptx::mbarrier_wait(ring_.full_barrier(cursor_.stage), cursor_.phase); }
+  __device__ __forceinline__ void release(const StageCursor& at) const {
+    __syncwarp();
+    if (me_.lane == 0) ptx::mbarrier_arrive(ring_.empty_barrier(at.stage));
+  }
+
+  const Ring& ring_;
+  StageCursor& cursor_;
+  const MathThread me_;
+};
+
 template <int N>
 __device__ __forceinline__ void multiply_chunk(float (&d)[N / 2], const uint32_t* a, uint32_t tile_address, bool accumulate) {
   const uint64_t descriptor = ptx::wgmma_descriptor(tile_address);

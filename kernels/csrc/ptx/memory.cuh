@@ -11,9 +11,7 @@ __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy
 // The same for shared memory that bulk copies read: by the thread that issues them, after it has acquired what others stored.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Release and acquire at GPU scope for everything this thread did or has observed.
-__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
+// Release at GPU scope for everything this thread did or has observed.
 __device__ __forceinline__ void red_add_release_gpu(uint32_t* address, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
