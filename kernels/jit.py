@@ -1,9 +1,8 @@
 """Compiles the CUDA sources once per machine and loads them (apache-tvm-ffi).
 
 A compiled library lives in `<cache dir>/<name>-<key>/`, where the key hashes every source, the flags, the constants of the
-layout,
-the compiler and the tvm-ffi version. A build happens in a temporary folder beside it that is renamed into place, so any number of
-processes may race: all of them end with the same folder and nobody loads a half-written file.
+layout, the compiler and the tvm-ffi version. A build happens in a temporary folder beside it that is renamed into place, so any
+number of processes may race: all of them end with the same folder and nobody loads a half-written file.
 """
 
 from __future__ import annotations
@@ -55,11 +54,11 @@ def find_nvcc() -> Path:
     return Path(found)
 
 
-def include_flags() -> list[str]:
-    """Include paths and `-D` constants that every translation unit needs."""
+def include_flags(csrc: Path | None = None) -> list[str]:
+    """Include paths and `-D` constants that every translation unit needs; `csrc`: headers that are not ours."""
     from tvm_ffi import libinfo
 
-    paths = [str(SOURCE_DIR), libinfo.find_include_path(), libinfo.find_dlpack_include_path()]
+    paths = [str(csrc or SOURCE_DIR), libinfo.find_include_path(), libinfo.find_dlpack_include_path()]
     return [f"-I{path}" for path in paths] + [f"-DHM_{name}={value}" for name, value in sorted(layout.as_defines().items())]
 
 
@@ -84,14 +83,19 @@ def library_path(library: Library) -> Path:
     return settings().cache_dir / f"{library.name}-{cache_key(library)}" / f"{library.name}.so"
 
 
-def _nvcc(library: Library, output: Path, *options: str) -> str:
-    """Compiles a library's source to `output`; what the compiler said. Raises RuntimeError with its words if it fails."""
-    flags = (*FLAGS, *include_flags(), *library.defines, *options)
-    command = [str(find_nvcc()), *flags, "-o", str(output), str(SOURCE_DIR / library.source)]
+def compile_source(source: Path, output: Path, *options: str, csrc: Path | None = None) -> str:
+    """Compiles one translation unit, with our headers or those of `csrc`; what the compiler said. Raises RuntimeError with its
+    words if it fails."""
+    command = [str(find_nvcc()), *FLAGS, *include_flags(csrc), *options, "-o", str(output), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"nvcc could not compile {library.source}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"nvcc could not compile {source.name}:\n{done.stderr[-4000:]}")
     return done.stderr
+
+
+def _nvcc(library: Library, output: Path, *options: str) -> str:
+    """`compile_source` of a library."""
+    return compile_source(SOURCE_DIR / library.source, output, *library.defines, *options)
 
 
 def build(name: str) -> Path:

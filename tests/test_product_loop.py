@@ -12,7 +12,7 @@ from hopper_moe.kernels.benchmarks import product_loop
 SPILLED = re.compile(r"(\d+) bytes spill stores")
 
 
-@pytest.mark.parametrize("weights", product_loop.WEIGHT_BITS)
+@pytest.mark.parametrize("weights", product_loop.LIBRARY_OF)
 def test_its_loops_neither_spill_nor_serialise(weights, tmp_path):
     said = product_loop.compile_to(tmp_path / "loop.cubin", weights, product_loop.jit.SOURCE_DIR, "-cubin", "-Xptxas", "-v")
     spilled = [int(bytes_) for bytes_ in SPILLED.findall(said)]

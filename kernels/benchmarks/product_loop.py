@@ -16,21 +16,16 @@ from hopper_moe.kernels import jit
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TENSOR_CYCLES = 512  # of a chunk: 2 * 128**3 operations, 8192 a clock and SM
-WEIGHT_BITS = {"fp4": 4, "fp8": 8}
+LIBRARY_OF = {"fp4": "mega_moe", "fp8": "fp8_mega"}  # whose loop it is
 
 
 def compile_to(output: Path, weights: str, csrc: Path = jit.SOURCE_DIR, *options: str) -> str:
-    """Builds the benchmark with the loops of `csrc`; returns what the compiler said. Raises RuntimeError with its words if it
-    fails. Needs nvcc, no GPU."""
-    flags = (*jit.FLAGS, f"-I{csrc}", *jit.include_flags(), f"-DHM_WEIGHT_BITS={WEIGHT_BITS[weights]}", *options)
-    done = subprocess.run([str(jit.find_nvcc()), *flags, "-o", str(output), str(SOURCE)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"nvcc could not compile {SOURCE.name}:\n{done.stderr[-4000:]}")
-    return done.stderr
+    """Builds the benchmark with the loops of `csrc`; see `jit.compile_source`. Needs nvcc, no GPU."""
+    return jit.compile_source(SOURCE, output, *jit.LIBRARIES[LIBRARY_OF[weights]].defines, *options, csrc=csrc)
 
 
 @click.command()
-@click.option("--weights", type=click.Choice(list(WEIGHT_BITS)), default="fp4", show_default=True, help="Which loop.")
+@click.option("--weights", type=click.Choice(list(LIBRARY_OF)), default="fp4", show_default=True, help="Which loop.")
 @click.option(
     "--csrc", type=click.Path(exists=True, file_okay=False, path_type=Path), default=jit.SOURCE_DIR, help="Other sources."
 )
