@@ -10,6 +10,7 @@ from sgl_eval.runner import WorkerAborted
 from sgl_eval.sampler import ChatCompletionSampler
 from sgl_eval.types import GenConfig, MessageList, Sample
 
+from hopper_moe.eval.interruptible import InterruptibleClient
 from hopper_moe.moe_backends.errors import Refusal
 
 GIVE_UP_AFTER = 20  # failed requests with not one success
@@ -28,7 +29,9 @@ class Sampler(ChatCompletionSampler):
             raise Refusal(
                 f"{base_url} does not answer /models ({error}): check --base-url, or name the model with --model."
             ) from error
-        self.client = self.client.with_options(max_retries=0)
+        self._interruptible = InterruptibleClient(self._http.timeout)
+        self.client = self.client.with_options(max_retries=0, http_client=self._interruptible)
+        self._http.close()
         self.requests = self.failed_requests = 0
         self.last_error = ""
         self.hopeless = False
@@ -59,6 +62,11 @@ class Sampler(ChatCompletionSampler):
                     self.requests += 1
                 return sample
         return Sample(text="", finish_reason="error")
+
+    def abort(self) -> None:
+        """End the run: requests in flight fail now, and nothing is asked any more."""
+        self._abort_event.set()
+        self._interruptible.interrupt()
 
     def _failed(self, error: Exception) -> None:
         with self._count_lock:

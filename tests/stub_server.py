@@ -19,15 +19,31 @@ def fraction(*parts: object) -> float:
 
 
 class Stub:
-    """`fail_share` of the questions always answer `status`; `fail_first` makes the first N requests fail, whatever they ask."""
+    """`fail_share` of the questions always answer `status`; `fail_first` makes the first N requests fail, whatever they ask.
 
-    def __init__(self, port=0, *, fail_share=0.0, fail_first=0, status=500, delay=0.0, truncate_share=0.0, accuracy=0.8, salt=0):
+    Requests after the first `silent_after` wait until `speak()`, or for ever.
+    """
+
+    def __init__(
+        self,
+        port=0,
+        *,
+        fail_share=0.0,
+        fail_first=0,
+        status=500,
+        delay=0.0,
+        truncate_share=0.0,
+        accuracy=0.8,
+        salt=0,
+        silent_after=None,
+    ):
         self.answered: Counter[tuple[str, int | None]] = Counter()
         self.requests = 0
         self.bodies: list[dict] = []
         self._lock = threading.Lock()
         self.fail_share, self.fail_first, self.status, self.delay = fail_share, fail_first, status, delay
         self.truncate_share, self.accuracy, self.salt = truncate_share, accuracy, salt
+        self.silent_after, self._speaks = silent_after, threading.Event()
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -63,6 +79,8 @@ class Stub:
             self.requests += 1
             number = self.requests
             self.bodies.append(body)
+        if self.silent_after is not None and number > self.silent_after:
+            self._speaks.wait()
         time.sleep(self.delay)
         if number <= self.fail_first or fraction("fail", prompt) < self.fail_share:
             return self.status, {"error": {"message": "the stub was told to fail"}}
@@ -79,6 +97,10 @@ class Stub:
         }
         usage = {"prompt_tokens": 10, "completion_tokens": 7, "total_tokens": 17}
         return 200, {"id": "x", "object": "chat.completion", "created": 0, "model": "stub", "choices": [choice], "usage": usage}
+
+    def speak(self) -> None:
+        """Answer what waits, and everything after it."""
+        self._speaks.set()
 
     def __enter__(self) -> "Stub":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

@@ -175,8 +175,10 @@ def test_truncated_answers_are_counted(tmp_path: Path) -> None:
     assert metrics["no_answer"] == pytest.approx(metrics["truncated_rate"])
 
 
-def test_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
-    with Stub(delay=0.05) as stub:
+@pytest.mark.parametrize("silent", [False, True], ids=["answering", "silent"])
+def test_interrupt_ends_at_once_keeps_answers_and_says_how_to_go_on(tmp_path: Path, silent: bool) -> None:
+    """Also while the server is busy for hours with what it was asked: nobody waits for that after Ctrl-C."""
+    with Stub(delay=0.05, silent_after=5 if silent else None) as stub:
         out = tmp_path / "run"
         args = arguments(stub, tmp_path, out, "--concurrency", "2")
         command = [sys.executable, "-c", f"from hopper_moe.eval.cli import main; main({args!r})"]
@@ -188,14 +190,17 @@ def test_interrupt_keeps_answers_and_says_how_to_go_on(tmp_path: Path) -> None:
             text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        while journal_lines(out) < 5:
+        while journal_lines(out) < 5 or (silent and stub.requests < 7):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "the same command carries on" in errors
+        before = journal_lines(out)
+        assert before < QUESTIONS and (before == 5 or not silent)
+        stub.speak()
         assert run(*args).exit_code == 0
-        assert len(stub.answered) == QUESTIONS
+        assert journal_lines(out) == QUESTIONS
 
 
 def test_requests_carry_what_was_asked_for(tmp_path: Path) -> None:
