@@ -21,7 +21,7 @@ UE8M0_NAN = 255
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the three magnitude bits; bit 3 is the sign
 FP8_BLOCK = 128  # block-scaled E4M3 weights have one scale per 128 x 128 block
 
-# Packed weights, "fragment order" (contract section 3).
+# Packed weights (contract section 3).
 UNIT_ROWS = 64
 UNIT_K = 128
 UNIT_NIBBLE_BYTES = UNIT_ROWS * UNIT_K // 2  # 4096
@@ -41,6 +41,15 @@ FP8_SCALES_PER_BLOCK = 4  # FP32 a row tile of 128 and k block: low rows' scale,
 # Limits.
 DIM_MULTIPLE = 128
 MAX_TOP_K = 16
+
+
+def wgmma_position(k: int) -> int:
+    """Where feature `k` of a block of 128 stands in the rows that the products read (contract section 3), 0..127.
+
+    Of every k32 step of a WGMMA the lanes q = 0..3 of a row read columns 4q..4q+3 and 16+4q..16+4q+3. In this order these are
+    always features of MXFP4 block q, so that a lane needs one scale a row.
+    """
+    return k // 8 % 4 * 32 + k // 4 % 2 * 16 + k // 32 * 4 + k % 4
 
 
 def as_defines() -> dict[str, int]:

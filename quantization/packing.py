@@ -1,4 +1,4 @@
-"""Checkpoint MXFP4 experts <-> packed weights in fragment order (`kernels/CONTRACT.md` section 3). CPU and CUDA, bit for bit, one
+"""Checkpoint MXFP4 experts <-> packed weights (`kernels/CONTRACT.md` section 3). CPU and CUDA, bit for bit, one
 expert at a time.
 
 The packed bytes of an expert are as many as its checkpoint bytes plus one base byte a row; nothing is rounded on the way. Rows
@@ -14,9 +14,6 @@ from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
 from hopper_moe.quantization.codecs import as_bytes
 from hopper_moe.quantization.exactness import check_exact
-
-_WARPS, _HALVES, _LANE_ROWS, _LANE_COLS = 4, 2, 8, 4
-_GROUPS_PER_HALF = layout.UNIT_K // layout.MXFP4_GROUP // _HALVES
 
 
 @dataclass(frozen=True)
@@ -115,16 +112,10 @@ def pack_matrix(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor
     """
     data, scale_bytes = as_bytes(weight).contiguous(), as_bytes(scale)
     num_rows, num_k = data.shape[0], data.shape[1] * 2
-    # Two bytes hold four neighbouring k; [.., a or b, lane%4] picks the k's of one lane, b being the a's + 16.
-    quads = data.view(torch.int16).reshape(
-        num_rows // layout.UNIT_ROWS, _WARPS, 2, _LANE_ROWS, num_k // layout.UNIT_K, _HALVES, _GROUPS_PER_HALF, 2, _LANE_COLS
-    )
-    words = _interleave_words(quads[..., 0, :], quads[..., 1, :])  # [unit row, warp, r8, lane//4, unit k, half, g2, lane%4]
-    nibbles = words.permute(0, 4, 1, 5, 3, 7, 6, 2).contiguous().view(torch.uint8)
     blocks, units_k = num_rows // layout.ROW_BLOCK, num_k // layout.UNIT_K
     packed = torch.empty(layout.packed_shape(num_rows, num_k), dtype=torch.uint8, device=data.device)
-    by_unit = nibbles.view(blocks, layout.UNITS_PER_BLOCK, units_k, layout.UNIT_NIBBLE_BYTES)
-    packed[..., : layout.UNIT_NIBBLE_BYTES] = by_unit.transpose(1, 2)
+    rows = _regroup_signs(data).view(blocks, layout.UNITS_PER_BLOCK, layout.UNIT_ROWS, units_k, -1)
+    packed[..., : layout.UNIT_NIBBLE_BYTES] = rows.permute(0, 3, 1, 2, 4).reshape(blocks, units_k, layout.UNITS_PER_BLOCK, -1)
 
     base = scale_bytes.amin(-1)
     deltas = (scale_bytes - base.unsqueeze(-1)).view(blocks, layout.UNITS_PER_BLOCK, layout.UNIT_ROWS, units_k, -1)
@@ -137,35 +128,34 @@ def unpack_matrix(packed: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tenso
     blocks, units_k = packed.shape[:2]
     num_rows = blocks * layout.ROW_BLOCK
     units = packed.transpose(1, 2).reshape(num_rows // layout.UNIT_ROWS, units_k, layout.UNIT_BYTES)
-    words = units[..., : layout.UNIT_NIBBLE_BYTES].contiguous().view(torch.int32)
-    words = words.view(-1, units_k, _WARPS, _HALVES, _LANE_ROWS, _LANE_COLS, _GROUPS_PER_HALF, 2)
-    quads = torch.stack(_separate_words(words.permute(0, 2, 7, 4, 1, 3, 6, 5)), dim=-2)
-    weight = quads.contiguous().view(torch.uint8).view(num_rows, -1)
+    nibbles = units[..., : layout.UNIT_NIBBLE_BYTES].reshape(-1, units_k, layout.UNIT_ROWS, layout.UNIT_K // 2)
+    weight = _restore_signs(nibbles.transpose(1, 2).reshape(num_rows, -1))
 
     deltas = units[..., layout.UNIT_NIBBLE_BYTES :].reshape(-1, units_k, layout.UNIT_ROWS, layout.UNIT_K // layout.MXFP4_GROUP)
     scale = deltas.transpose(1, 2).reshape(num_rows, -1) + base.unsqueeze(-1)
     return weight, scale
 
 
-def _interleave_words(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Four codes of a and of b (int16, nibble j = code j) -> one int32 word: magnitudes in place, sign of a_j at bit 8j+7, of b_j
-    at 8j+3.
+def _regroup_signs(nibbles: torch.Tensor) -> torch.Tensor:
+    """Checkpoint nibbles [N, K/2], the sign bits of every eight (a 32-bit word) moved to where the kernel wants them: of the first
+    four j = 0..3 to bit 8j+7, of the second four to bit 8j+3. Magnitudes stay.
     """
-    a, b = a.to(torch.int32), b.to(torch.int32)
-    word = (a & 0x7777) | ((b & 0x7777) << 16)
+    word = nibbles.view(torch.int32)
+    regrouped = word & 0x77777777
     for j in range(4):
-        word |= ((a >> (4 * j + 3)) & 1) << (8 * j + 7)
-        word |= ((b >> (4 * j + 3)) & 1) << (8 * j + 3)
-    return word
+        regrouped |= ((word >> (4 * j + 3)) & 1) << (8 * j + 7)
+        regrouped |= ((word >> (4 * j + 19)) & 1) << (8 * j + 3)
+    return regrouped.view(torch.uint8)
 
 
-def _separate_words(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `_interleave_words`."""
-    a, b = word & 0x7777, (word >> 16) & 0x7777
+def _restore_signs(nibbles: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_regroup_signs`."""
+    word = nibbles.view(torch.int32)
+    restored = word & 0x77777777
     for j in range(4):
-        a |= ((word >> (8 * j + 7)) & 1) << (4 * j + 3)
-        b |= ((word >> (8 * j + 3)) & 1) << (4 * j + 3)
-    return a.to(torch.int16), b.to(torch.int16)
+        restored |= ((word >> (8 * j + 7)) & 1) << (4 * j + 3)
+        restored |= ((word >> (8 * j + 3)) & 1) << (4 * j + 19)
+    return restored.view(torch.uint8)
 
 
 # ---- one expert, one layer

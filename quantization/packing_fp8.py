@@ -109,7 +109,8 @@ def pack_fp8_matrix(weight: torch.Tensor) -> torch.Tensor:
     num_rows, num_k = weight.shape
     units = weight.contiguous().view(torch.uint8).view(num_rows // layout.UNIT_ROWS, layout.UNIT_ROWS, num_k // layout.UNIT_K, -1)
     blocks, units_k = num_rows // layout.ROW_BLOCK, num_k // layout.UNIT_K
-    swizzled = _swizzle(units.transpose(1, 2)).view(blocks, layout.UNITS_PER_BLOCK, units_k, layout.FP8_UNIT_BYTES)
+    swizzled = _swizzle(units.transpose(1, 2)[..., _order(weight.device)])
+    swizzled = swizzled.view(blocks, layout.UNITS_PER_BLOCK, units_k, layout.FP8_UNIT_BYTES)
     return swizzled.transpose(1, 2).contiguous()
 
 
@@ -117,7 +118,13 @@ def unpack_fp8_matrix(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_fp8_matrix`: float8_e4m3fn [N, K], rows in packed order."""
     blocks, units_k = packed.shape[:2]
     units = packed.transpose(1, 2).reshape(blocks * layout.UNITS_PER_BLOCK, units_k, layout.UNIT_ROWS, layout.UNIT_K)
-    return _swizzle(units).transpose(1, 2).reshape(blocks * layout.ROW_BLOCK, -1).view(torch.float8_e4m3fn)
+    natural = _swizzle(units)[..., _order(packed.device).argsort()]
+    return natural.transpose(1, 2).reshape(blocks * layout.ROW_BLOCK, -1).view(torch.float8_e4m3fn)
+
+
+def _order(device: torch.device) -> torch.Tensor:
+    """int64 [128]: the k at every position of a row."""
+    return torch.tensor([layout.wgmma_position(k) for k in range(layout.UNIT_K)], device=device).argsort()
 
 
 def _swizzle(units: torch.Tensor) -> torch.Tensor:

@@ -85,10 +85,16 @@ def read_field(mm: MegaMoE, field: str, dtype: torch.dtype, *shape: int) -> torc
     return mm.workspace[mm.offsets[field] :][:count].view(dtype).view(shape).clone()
 
 
+def natural_order(rows: torch.Tensor) -> torch.Tensor:
+    """[.., multiple of 128], one element a feature, from the order of `layout.wgmma_position` back to that of the features."""
+    positions = torch.tensor([layout.wgmma_position(k) for k in range(layout.UNIT_K)], device=rows.device)
+    return rows.unflatten(-1, (-1, layout.UNIT_K))[..., positions].flatten(-2)
+
+
 def read_dispatched(mm: MegaMoE, num_tokens: int) -> DispatchedTokens:
     """What pre-dispatch wrote in the last call."""
     return DispatchedTokens(
-        read_field(mm, "x", torch.float8_e4m3fn, num_tokens, mm.hidden_size),
+        natural_order(read_field(mm, "x", torch.uint8, num_tokens, mm.hidden_size)).view(torch.float8_e4m3fn),
         read_field(mm, "x_scale", torch.float32, num_tokens, layout.act_groups(mm.hidden_size)),
         read_field(mm, "topk_ids", torch.int32, num_tokens, mm.top_k),
         read_field(mm, "topk_weights", torch.float32, num_tokens, mm.top_k),
@@ -130,9 +136,8 @@ def read_hidden(mm: MegaMoE, topk_ids: torch.Tensor) -> HiddenStage:
             row, count = row + tile, count - num_rows
     found = torch.cat(seen).sort().values if seen else torch.empty(0, dtype=torch.long, device=device)
     assert torch.equal(found, is_local.nonzero().flatten()), "the pools do not hold every local slot exactly once"
-    return HiddenStage(
-        hq.view(num_tokens, mm.top_k, size).view(torch.float8_e4m3fn), h_scale.view(num_tokens, mm.top_k, num_groups)
-    )
+    hq = natural_order(hq.view(num_tokens, mm.top_k, size)).view(torch.float8_e4m3fn)
+    return HiddenStage(hq, h_scale.view(num_tokens, mm.top_k, num_groups))
 
 
 def _read_rows(mm: MegaMoE, field: str, dtype: torch.dtype, row: int, count: int) -> torch.Tensor:

@@ -21,13 +21,13 @@ from dataclasses import replace
 import pytest
 import torch
 from layer_compare import MIN_COSINE, assert_layers_agree, relative_l2
-from mega_moe_rig import FACTOR, Batch, Rig, make_rig, read_dispatched, read_field, read_hidden, read_slots
+from mega_moe_rig import FACTOR, Batch, Rig, make_rig, natural_order, read_dispatched, read_field, read_hidden, read_slots
 
 from hopper_moe.kernels import reference
 from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape, make_layer
 from hopper_moe.kernels.reference_stages import HiddenStage, combine_slots, expert_hidden, expert_slots
 from hopper_moe.quantization import layout
-from hopper_moe.quantization.codecs import dequantize_activations, quantize_mxfp4_activations
+from hopper_moe.quantization.codecs import dequantize_activations, quantize_mxfp4_activations, unpack_nibbles
 
 pytestmark = pytest.mark.gpu
 
@@ -201,7 +201,7 @@ def test_fp4_dispatch_bits(seed):
     packed, scale = quantize_mxfp4_activations(x)
     _, group_scale = reference.fp4_as_e4m3(x)
     exponent = scale.int() - layout.UE8M0_BIAS - group_scale.log2().int().repeat_interleave(8, 1)[:, : scale.shape[1]]
-    assert torch.equal(read_field(rig.mm, "x", torch.uint8, *packed.shape), packed)
+    assert torch.equal(natural_order(unpack_nibbles(read_field(rig.mm, "x", torch.uint8, *packed.shape))), unpack_nibbles(packed))
     assert torch.equal(read_field(rig.mm, "x_exponent", torch.int8, *scale.shape).int(), exponent.clamp_min(-20))
     assert torch.equal(read_field(rig.mm, "x_scale", torch.float32, *group_scale.shape), group_scale)
 

@@ -41,17 +41,16 @@ def scalar_pack_unit(nibble_of, scale_of, base_of) -> bytes:
     for warp in range(4):
         for half in range(2):
             for lane in range(32):
-                for g2 in range(2):
-                    for r8 in range(2):
-                        row, group = 16 * warp + lane // 4 + 8 * r8, 2 * half + g2
-                        word = 0
-                        for j in range(4):
-                            k = 32 * group + 4 * (lane % 4) + j
-                            a, b = nibble_of(row, k), nibble_of(row, k + 16)
-                            word |= (a & 7) << (4 * j) | (b & 7) << (16 + 4 * j)
-                            word |= (a >> 3) << (8 * j + 7) | (b >> 3) << (8 * j + 3)
-                        offset = ((warp * 2 + half) * 32 + lane) * 16 + (g2 * 2 + r8) * 4
-                        unit[offset : offset + 4] = word.to_bytes(4, "little")
+                for step in range(4):
+                    row = 16 * warp + 8 * half + lane // 4
+                    word = 0
+                    for j in range(4):
+                        k = 32 * (lane % 4) + 8 * step + j
+                        a, b = nibble_of(row, k), nibble_of(row, k + 4)
+                        word |= (a & 7) << (4 * j) | (b & 7) << (16 + 4 * j)
+                        word |= (a >> 3) << (8 * j + 7) | (b >> 3) << (8 * j + 3)
+                    offset = ((warp * 2 + half) * 32 + lane) * 16 + step * 4
+                    unit[offset : offset + 4] = word.to_bytes(4, "little")
     for row in range(64):
         for group in range(4):
             unit[4096 + row * 4 + group] = scale_of(row, group) - base_of(row)
@@ -91,6 +90,15 @@ def test_every_unit_of_a_small_expert_is_what_the_contract_says(generator):
                         lambda row: base[first + row],  # noqa: B023
                     )
                     assert bytes(tiles[row_block, k_block, which].tolist()) == unit, (row_block, k_block, which)
+
+
+def test_lane_of_a_wgmma_meets_one_block_of_a_row():
+    """What lane q reads as columns 4q.. and 16+4q.. of every k32 step is MXFP4 block q, in order."""
+    k_at = {layout.wgmma_position(k): k for k in range(128)}
+    assert sorted(k_at) == list(range(128))
+    for lane in range(4):
+        read = [32 * step + 16 * half + 4 * lane + i for step in range(4) for half in range(2) for i in range(4)]
+        assert [k_at[position] for position in read] == list(range(32 * lane, 32 * lane + 32))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

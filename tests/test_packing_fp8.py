@@ -49,7 +49,8 @@ def test_every_byte_is_where_the_contract_says(seed):
             if matrix is w13:  # feature f of w1: packed row 16 * (f // 8) + f % 8; of w3: 8 further
                 feature, is_up = row % inter, row // inter
                 where = 16 * (feature // 8) + feature % 8 + 8 * is_up
-            byte = where % 64 * 128 + (k % 128 // 16 ^ where % 8) * 16 + k % 16
+            position = layout.wgmma_position(k % 128)
+            byte = where % 64 * 128 + (position // 16 ^ where % 8) * 16 + position % 16
             got = tiles[e, where // 128, k // 128, where % 128 // 64, byte]
             assert got == matrix.view(torch.uint8)[e, row, k], f"expert {e}, row {row}, k {k}"
     blocks = inter // 128

@@ -11,28 +11,25 @@ namespace hopper_moe {
 constexpr uint32_t kMagnitudeLow = 0x14100800u, kMagnitudeHigh = 0x24201C18u;
 static_assert(kBaseShift == 5, "the tables are written for it");
 
-// Eight values of one row and one k32 group: `even` are its k = 4q..4q+3, `odd` the same + 16.
-__device__ __forceinline__ void decode_word(uint32_t word, uint32_t low, uint32_t high, uint32_t& even, uint32_t& odd) {
+// Eight neighbouring k of one row (contract section 3): the first four and the second four.
+__device__ __forceinline__ void decode_word(uint32_t word, uint32_t low, uint32_t high, uint32_t& first, uint32_t& second) {
   const uint32_t magnitude = word & 0x77777777u;
-  even = ptx::prmt(low, high, magnitude) | (word & 0x80808080u);
-  odd = ptx::prmt(low, high, magnitude >> 16) | ((word << 4) & 0x80808080u);
+  first = ptx::prmt(low, high, magnitude) | (word & 0x80808080u);
+  second = ptx::prmt(low, high, magnitude >> 16) | ((word << 4) & 0x80808080u);
 }
 
-// One 64 x 128 unit at a shared address to the A fragments of its four k32 WGMMAs (a[4 * group + register]).
+// One 64 x 128 unit at a shared address to the A fragments of its four k32 WGMMAs (a[4 * step + register]). Rows r and r + 8 of a warp's 16
+// belong to lanes 4 r .. 4 r + 3, and of a row lane q of these has the 32 k of block q, eight a step (wgmma_position): one delta, one table.
 __device__ __forceinline__ void decode_unit(uint32_t (&a)[16], uint32_t unit, int warp, int lane) {
-  const uint32_t words = unit + warp * 1024 + lane * 16, deltas = unit + (warp * 16 + lane / 4) * 4;
-  const uint4 half[2] = {ptx::load_shared_v4<0>(words), ptx::load_shared_v4<512>(words)};
-  const uint32_t delta[2] = {ptx::load_shared_u32<kUnitNibbleBytes>(deltas), ptx::load_shared_u32<kUnitNibbleBytes + 32>(deltas)};
+  const uint32_t words = unit + warp * 1024 + lane * 16, deltas = unit + warp * 64 + lane;
+  const uint4 block[2] = {ptx::load_shared_v4<0>(words), ptx::load_shared_v4<512>(words)};
+  const uint32_t delta[2] = {ptx::load_shared_u8<kUnitNibbleBytes>(deltas), ptx::load_shared_u8<kUnitNibbleBytes + 32>(deltas)};
 #pragma unroll
-  for (int group = 0; group < 4; ++group) {
-    const uint4& q = half[group / 2];
-    const uint32_t word[2] = {group % 2 ? q.z : q.x, group % 2 ? q.w : q.y};
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t low = kMagnitudeLow + delta[r] * 0x08080800u, high = kMagnitudeHigh + delta[r] * 0x08080808u;
+    const uint32_t word[4] = {block[r].x, block[r].y, block[r].z, block[r].w};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint32_t d = ptx::prmt(delta[r], 0, 0x4440 + group);
-      const uint32_t low = kMagnitudeLow + d * 0x08080800u, high = kMagnitudeHigh + d * 0x08080808u;
-      decode_word(word[r], low, high, a[4 * group + r], a[4 * group + 2 + r]);
-    }
+    for (int step = 0; step < 4; ++step) decode_word(word[step], low, high, a[4 * step + r], a[4 * step + 2 + r]);
   }
 }
 

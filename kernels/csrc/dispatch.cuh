@@ -95,26 +95,44 @@ __device__ __forceinline__ void copy_row(const uint8_t* source, PoolLane to, int
   }
 }
 
-// Eight E2M1 values times 2**exponent as E4M3, to nearest.
-__device__ __forceinline__ uint2 expand_e2m1(uint32_t nibbles, int exponent) {
+// Four E2M1 values (in the low nibbles) times 2**exponent as E4M3, to nearest.
+__device__ __forceinline__ uint32_t expand_e2m1(uint32_t nibbles, int exponent) {
   const __half2 step = __float2half2_rn(__int_as_float((exponent + 127) << 23));
-  uint32_t pairs[4];
+  uint32_t pairs[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 2; ++i) {
     const uint32_t pair = nibbles >> 8 * i;   // one magnitude in bits 0-2, the next in 4-6; signs in bits 3 and 7
     const uint32_t bytes = ptx::prmt(kE2m1AsE4m3Low, kE2m1AsE4m3High, pair & 0x77) | (pair & 8) << 4 | (pair & 0x80) << 8;
     pairs[i] = ptx::scale_e4m3x2(static_cast<uint16_t>(bytes), step);
   }
-  return make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+  return pairs[0] | pairs[1] << 16;
 }
 
-// The row arrives as E2M1 and is stored as E4M3, which is what the products read.
+// The row arrives as E2M1 and is stored as E4M3, which is what the products read. Of the four quads of a 16-byte chunk one is of each group of
+// 32 in its block of 128 (wgmma_position), so the chunk takes all four exponents of the block.
+template <int kInFlight>
 __device__ __forceinline__ void expand_row(const uint8_t* source, const int8_t* exponents, PoolLane to, int num_chunks, int lane) {
-  for (int chunk = lane; chunk < num_chunks; chunk += 32, to.at += to.stride) {
-    const uint2 nibbles = __ldcg(reinterpret_cast<const uint2*>(source + chunk * 8));
-    const int exponent = static_cast<signed char>(__ldcg(reinterpret_cast<const char*>(exponents + chunk * 16 / kFp4Group)));
-    const uint2 low = expand_e2m1(nibbles.x, exponent), high = expand_e2m1(nibbles.y, exponent);
-    *reinterpret_cast<uint4*>(to.at) = make_uint4(low.x, low.y, high.x, high.y);
+  static_assert(kUnitK == 4 * kFp4Group);
+  for (int chunk = lane; chunk < num_chunks; chunk += 32 * kInFlight) {
+    uint2 nibbles[kInFlight];
+    uint32_t scales[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      nibbles[i] = {}, scales[i] = 0;   // as in copy_row
+      if (chunk + 32 * i < num_chunks) {
+        nibbles[i] = __ldcg(reinterpret_cast<const uint2*>(source + (chunk + 32 * i) * 8));
+        scales[i] = __ldcg(reinterpret_cast<const uint32_t*>(exponents) + (chunk + 32 * i) * 16 / kUnitK);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const uint32_t quads[4] = {nibbles[i].x, nibbles[i].x >> 16, nibbles[i].y, nibbles[i].y >> 16};
+      uint32_t expanded[4];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) expanded[q] = expand_e2m1(quads[q], static_cast<signed char>(scales[i] >> 8 * q));
+      if (chunk + 32 * i < num_chunks) *reinterpret_cast<uint4*>(to.at) = make_uint4(expanded[0], expanded[1], expanded[2], expanded[3]);
+      to.at += to.stride;
+    }
   }
 }
 
@@ -131,7 +149,7 @@ __device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const PoolR
   if (lane < groups) scale = __ldcg(source_scale + lane);
   const float weight = __ldcg(p.peer<float>(to.rank, p.ws.topk_weights) + to.slot);
   if (s.fp4_dispatch) {
-    expand_row(source, p.peer<int8_t>(to.rank, p.ws.x_exponent) + int64_t{token} * s.num_token_exponents(), pool, num_chunks, lane);
+    expand_row<kInFlight / 4>(source, p.peer<int8_t>(to.rank, p.ws.x_exponent) + int64_t{token} * s.num_token_exponents(), pool, num_chunks, lane);
   } else {
     copy_row<kInFlight>(source, pool, num_chunks, lane);
   }

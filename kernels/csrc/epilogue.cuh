@@ -51,13 +51,13 @@ class Epilogue {
     if (lane_ == 0) ptx::mbarrier_arrive(tile_.empty);
   }
 
-  // Quantising takes eight rows at a time, four lanes a row: a lane holds features 16 q .. 16 q + 15 and 64 more, q = lane % 4, which are
-  // two 16-byte stores of E4M3. So a row costs two shuffles, and an eighth of a division's latency.
+  // Quantising takes eight rows at a time, four lanes a row: lane q of these holds features 32 i + 8 q .. + 7, i = 0 .. 3, whose positions are
+  // 32 q .. 32 q + 31 (wgmma_position). So a row costs two shuffles, and an eighth of a division's latency.
   static constexpr int kRowsAtOnce = 8;
 
   struct Quantized {
-    uint4 q[2];
-    float scale;   // of the row's 128 values
+    uint32_t q[4][2];   // four features each
+    float scale;        // of the row's 128 values
   };
 
   __device__ __forceinline__ int lane_row() const { return lane_ / 4; }
@@ -65,11 +65,11 @@ class Epilogue {
 
   // Rows behind the last one of the tile hold old bytes: quantised like the others, never stored.
   __device__ __forceinline__ Quantized quantize(int row) const {
-    const uint8_t* mine = smem_.tile + row * kTilePitch + quarter() * 32;
+    const uint8_t* mine = smem_.tile + row * kTilePitch + quarter() * 16;
     uint32_t words[16];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint4 v = *reinterpret_cast<const uint4*>(mine + i / 2 * 128 + i % 2 * 16);
+      const uint4 v = *reinterpret_cast<const uint4*>(mine + i * 64);
       words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
     }
     uint32_t largest = ptx::abs_bf16x2(words[0]);
@@ -79,14 +79,15 @@ class Epilogue {
     amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1));
     amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
     const float inverse = __fdiv_rn(kE4m3Max, amax);
-    uint32_t q[8];
+    Quantized v;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint32_t low = ptx::to_e4m3x2(ptx::bf16_low(words[2 * i]) * inverse, ptx::bf16_high(words[2 * i]) * inverse);
       const uint32_t high = ptx::to_e4m3x2(ptx::bf16_low(words[2 * i + 1]) * inverse, ptx::bf16_high(words[2 * i + 1]) * inverse);
-      q[i] = low | high << 16;
+      v.q[i / 2][i % 2] = low | high << 16;
     }
-    return {{make_uint4(q[0], q[1], q[2], q[3]), make_uint4(q[4], q[5], q[6], q[7])}, __fdiv_rn(amax, kE4m3Max)};
+    v.scale = __fdiv_rn(amax, kE4m3Max);
+    return v;
   }
 
   __device__ __forceinline__ void store_h(const Task& task, int first, int last) const {
@@ -97,8 +98,10 @@ class Epilogue {
       const int row = begin + lane_row();
       const Quantized v = quantize(row);
       if (row < last) {
-        *reinterpret_cast<uint4*>(out + swizzled(row, quarter())) = v.q[0];
-        *reinterpret_cast<uint4*>(out + swizzled(row, 4 + quarter())) = v.q[1];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          *reinterpret_cast<uint4*>(out + swizzled(row, 2 * quarter() + half)) = make_uint4(v.q[0][half], v.q[1][half], v.q[2][half], v.q[3][half]);
+        }
         if (quarter() == 0) scales[row] = v.scale;
       }
     }
@@ -131,9 +134,9 @@ class Epilogue {
       const Quantized v = quantize(row);
       if (row < last) {
         const int64_t number = slot & 0xFFFFFFu;
-        uint8_t* out = p_.peer<uint8_t>(slot >> 24, p_.ws.combine) + number * s.hidden + task.tile * kRowTile + quarter() * 16;
-        *reinterpret_cast<uint4*>(out) = v.q[0];
-        *reinterpret_cast<uint4*>(out + 64) = v.q[1];
+        uint8_t* out = p_.peer<uint8_t>(slot >> 24, p_.ws.combine) + number * s.hidden + task.tile * kRowTile + quarter() * 8;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) *reinterpret_cast<uint2*>(out + 32 * i) = make_uint2(v.q[i][0], v.q[i][1]);
         if (quarter() == 0) p_.peer<float>(slot >> 24, p_.ws.combine_scale)[number * s.num_combine_groups() + task.tile] = v.scale;
       }
     }

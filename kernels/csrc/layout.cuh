@@ -31,6 +31,10 @@ constexpr int kMaxRanks = 8;
 constexpr int kMaxTokenTile = 128;
 constexpr int kGroupTiles = 4;                   // row tiles of one column group: L2 finishes, and combine starts, group by group
 
+// Where feature `k` of a block of 128 stands in the rows that the products read, x, h and FP8 weights alike (layout.py: wgmma_position). Four
+// neighbours stay together, and eight whose first is a multiple of eight go to p .. p + 3 and p + 16 .. p + 19.
+__host__ __device__ constexpr int wgmma_position(int k) { return k / 8 % 4 * 32 + k / 4 % 2 * 16 + k / 32 * 4 + k % 4; }
+
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 struct Shape {
@@ -77,7 +81,7 @@ struct Workspace {
   int64_t control_bytes;    // everything above
   // this rank's tokens, written by pre-dispatch
   int64_t slot_list;        // u32 [num_experts][list_stride]: token * top_k + slot
-  int64_t x;                // E4M3 [capacity][hidden], or E2M1 [capacity][hidden / 2], low nibble = even feature
+  int64_t x;                // E4M3 [capacity][hidden], or E2M1 [capacity][hidden / 2], low nibble first; blocks of 128 in wgmma_position order
   int64_t x_exponent;       // i8 [capacity][token exponents]: a value is e2m1 * 2**exponent * x_scale
   int64_t x_scale;          // f32 [capacity][scale groups]
   int64_t topk_ids;         // i32 [capacity][top_k]
@@ -85,11 +89,11 @@ struct Workspace {
   int64_t combine;          // BF16, or E4M3, [capacity][top_k][hidden]: written by the ranks of the slots' experts
   int64_t combine_scale;    // f32 [capacity][top_k][combine groups]
   // pools of this rank's experts; a token block of N rows whose wave puts it at row r begins at r times the row size
-  int64_t pool_x;           // E4M3 [block][hidden / 128][N][128], 128-byte swizzle
+  int64_t pool_x;           // E4M3 [block][hidden / 128][N][128], wgmma_position order, 128-byte swizzle
   int64_t pool_x_scale;     // f32  [block][scale groups][N]
   int64_t pool_weight;      // f32  [row]: routing weight
   int64_t pool_slot;        // u32  [row]: source rank << 24 | token * top_k + slot
-  int64_t pool_h;           // E4M3 [block][intermediate / 128][N][128], 128-byte swizzle
+  int64_t pool_h;           // E4M3 [block][intermediate / 128][N][128], the same order and swizzle
   int64_t pool_h_scale;     // f32  [block][intermediate / 128][N]
   int64_t num_bytes;
 

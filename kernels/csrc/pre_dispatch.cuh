@@ -23,6 +23,9 @@ constexpr int kPreDispatchThreads = 256;
 constexpr int kFp4GroupShift = 6;       // the group's largest E2M1 value, 6 * 2**6 = 384, still fits E4M3
 constexpr int kMinFp4Exponent = -20;    // 6 * 2**-20 is far below half the smallest E4M3 number, as is everything smaller
 
+// Position in its group of the first of a lane's 8 features; the second four stand 16 further.
+__device__ __forceinline__ int lane_position(int lane) { return lane * 8 / kUnitK * kUnitK + wgmma_position(lane * 8 % kUnitK); }
+
 // One warp, one scale group of up to 256 features: 8 a lane.
 __device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out, float* scale, int lane, bool active) {
   uint4 v = make_uint4(0, 0, 0, 0);
@@ -41,7 +44,11 @@ __device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out,
            static_cast<uint32_t>(ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(words[2 * i + 1]), inverse), __fmul_rn(ptx::bf16_high(words[2 * i + 1]), inverse)))
                << 16;
   }
-  if (active) *reinterpret_cast<uint2*>(out + lane * 8) = make_uint2(q[0], q[1]);
+  if (active) {
+    uint8_t* at = out + lane_position(lane);
+    *reinterpret_cast<uint32_t*>(at) = q[0];
+    *reinterpret_cast<uint32_t*>(at + 16) = q[1];
+  }
   if (lane == 0) *scale = __fdiv_rn(amax, kE4m3Max);
 }
 
@@ -76,7 +83,11 @@ __device__ __forceinline__ void quantize_group_fp4(const uint16_t* in, uint8_t* 
   for (int i = 0; i < 4; ++i) {
     nibbles |= (to_e2m1(ptx::bf16_low(words[i]) * inverse) | to_e2m1(ptx::bf16_high(words[i]) * inverse) << 4) << 8 * i;
   }
-  if (active) *reinterpret_cast<uint32_t*>(out + lane * 4) = nibbles;
+  if (active) {
+    uint8_t* at = out + lane_position(lane) / 2;
+    *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(nibbles);
+    *reinterpret_cast<uint16_t*>(at + 8) = static_cast<uint16_t>(nibbles >> 16);
+  }
   if (active && lane % (kFp4Group / 8) == 0) exponents[lane / (kFp4Group / 8)] = static_cast<int8_t>(max(exponent - group_exponent, kMinFp4Exponent));
   if (lane == 0) *scale = __int_as_float((group_exponent + 127) << 23);
 }

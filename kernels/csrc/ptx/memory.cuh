@@ -68,9 +68,9 @@ __device__ __forceinline__ uint4 load_shared_v4(uint32_t address) {
   return v;
 }
 template <int kOffset>
-__device__ __forceinline__ uint32_t load_shared_u32(uint32_t address) {
+__device__ __forceinline__ uint32_t load_shared_u8(uint32_t address) {
   uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(kOffset));
+  asm volatile("ld.shared.u8 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(kOffset));
   return v;
 }
 template <int kOffset>
