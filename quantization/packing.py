@@ -137,8 +137,8 @@ def unpack_matrix(packed: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _regroup_signs(nibbles: torch.Tensor) -> torch.Tensor:
-    """Checkpoint nibbles [N, K/2], the sign bits of every eight (a 32-bit word) moved to where the kernel wants them: of the first
-    four j = 0..3 to bit 8j+7, of the second four to bit 8j+3. Magnitudes stay.
+    """Checkpoint nibbles [N, K/2], the sign bits of every eight (a 32-bit word) moved to where the kernel wants them: of the
+    first four j = 0..3 to bit 8j+7, of the second four to bit 8j+3. Magnitudes stay.
     """
     word = nibbles.view(torch.int32)
     regrouped = word & 0x77777777

@@ -15,7 +15,7 @@ using namespace hopper_moe;
 namespace {
 
 constexpr int kTile = 128, kTokenBlocks = 64, kExperts = 4, kThreads = 32 * (kMathWarps + 4);
-constexpr int kSharedBytes = kNumStages * kStageBytes + 2 * 8 * kNumStages;
+constexpr int kSharedBytes = kNumStages * kStageBytes;
 enum class Parts { kLoop, kLoopAndCopies, kCopies };
 
 struct Inputs {
@@ -37,13 +37,13 @@ struct Task {
 template <Parts kParts, bool kL1>
 __device__ void produce_weights(const Inputs& in, const Ring& ring, int num_tasks) {
   using T = Task<kL1>;
-  StageCursor cursor;
+  StageCursor cursor(ring);
   for (int i = 0; i < num_tasks; ++i) {
     const T task(i * gridDim.x + blockIdx.x);
     const uint8_t* from = in.weights + (int64_t{task.expert} * T::kRowTiles + task.row_tile) * T::kPasses * T::kChunks * kRowTileBytes;
     for (int chunk = 0; chunk < T::kPasses * T::kChunks; ++chunk, from += kRowTileBytes, cursor.advance()) {
-      const uint32_t full = ring.full_barrier(cursor.stage), data = ring.data(cursor.stage);
-      ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
+      const uint32_t full = cursor.stage().full(), data = cursor.stage().data;
+      cursor.wait_empty();
       if constexpr (kParts == Parts::kLoop) {
         ptx::mbarrier_arrive(full);
         continue;
@@ -58,12 +58,12 @@ __device__ void produce_weights(const Inputs& in, const Ring& ring, int num_task
 template <Parts kParts, bool kL1>
 __device__ void produce_activations(const Inputs& in, const Ring& ring, int num_tasks) {
   using T = Task<kL1>;
-  StageCursor cursor;
+  StageCursor cursor(ring);
   for (int i = 0; i < num_tasks; ++i) {
     const uint8_t* from = in.tokens + int64_t{T(i * gridDim.x + blockIdx.x).block} * T::kChunks * kTile * kUnitK;
     for (int chunk = 0; chunk < T::kPasses * T::kChunks; ++chunk, cursor.advance()) {
-      const uint32_t full = ring.full_barrier(cursor.stage), data = ring.data(cursor.stage);
-      ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
+      const uint32_t full = cursor.stage().full(), data = cursor.stage().data;
+      cursor.wait_empty();
       if constexpr (kParts == Parts::kLoop) {
         ptx::mbarrier_arrive(full);
         continue;
@@ -78,12 +78,12 @@ __device__ void produce_activations(const Inputs& in, const Ring& ring, int num_
 template <Parts kParts, bool kL1>
 __global__ void __launch_bounds__(kThreads, 1) loop_kernel(Inputs in, int num_tasks) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
-  auto* barriers = reinterpret_cast<uint64_t*>(shared_memory + kNumStages * kStageBytes);
-  const Ring ring{ptx::smem_address(shared_memory), ptx::smem_address(barriers), ptx::smem_address(barriers + kNumStages)};
+  const Ring ring(shared_memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = threadIdx.x; i < kNumStages * kStageBytes / 4; i += kThreads) {   // what the loop finds when nothing is copied: no NaN
     reinterpret_cast<uint32_t*>(shared_memory)[i] = (i * 2654435761u) & 0x3F3F3F3Fu;
   }
+  __syncthreads();   // the barriers lie in the stages
   if (threadIdx.x == 0) {
     ring.init();
     ptx::fence_mbarrier_init();
@@ -97,20 +97,20 @@ __global__ void __launch_bounds__(kThreads, 1) loop_kernel(Inputs in, int num_ta
     return;
   }
   ptx::set_max_registers_up<224>();
-  StageCursor cursor;
+  StageCursor cursor(ring);
   const MathThread me{warp / 4, warp % 4, lane};
   float total = 0;
   const uint32_t begin = clock();
   for (int pass = 0; pass < num_tasks * Task<kL1>::kPasses; ++pass) {
     if constexpr (kParts == Parts::kCopies) {
       for (int chunk = 0; chunk < Task<kL1>::kChunks; ++chunk, cursor.advance()) {
-        ptx::mbarrier_wait(ring.full_barrier(cursor.stage), cursor.phase);
+        cursor.wait_full();
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(ring.empty_barrier(cursor.stage));
+        if (lane == 0) ptx::mbarrier_arrive(cursor.stage().empty());
       }
     } else {
       float sum[kTile / 2];
-      MainLoop<kTile, kL1>(ring, cursor, me).run(sum, Task<kL1>::kChunks, [](float (&)[kTile / 2], uint32_t) {});
+      MainLoop<kTile, kL1>(cursor, me).run(sum, Task<kL1>::kChunks, [](float (&)[kTile / 2], uint32_t) {});
       for (float value : sum) total += value;
     }
   }

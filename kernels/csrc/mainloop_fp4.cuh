@@ -41,64 +41,64 @@ class MainLoop : private StageReader {
  private:
   static constexpr int kChunks = chunks_per_stage(N);
 
-  __device__ __forceinline__ uint32_t unit(uint32_t data, int chunk) const {
-    return data + stage_weights(N) + (chunk * 2 + me_.warpgroup) * kUnitBytes;
+  __device__ __forceinline__ static uint32_t tile(const Stage& stage, int chunk) { return stage.data + chunk * N * kUnitK; }
+  // The warpgroup's unit of a chunk of the stage at the cursor.
+  __device__ __forceinline__ void decode(uint32_t (&a)[16], int chunk = 0) const {
+    decode_unit(a, cursor_.stage().data + stage_weights(N) + (chunk * 2 + me_.warpgroup) * kUnitBytes, me_.warp, me_.lane);
   }
-  __device__ __forceinline__ static uint32_t tile(uint32_t data, int chunk) { return data + chunk * N * kUnitK; }
 
   // The assembler moves a decode past the wait for the multiply that it should overlap, unless a branch it cannot see through keeps the two
-  // in different basic blocks: conditions on an opaque copy of the trip count, although always true, do that.
-  __device__ __forceinline__ static int opaque(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
+  // in different basic blocks: comparing what is left with an opaque zero, although always true, does that.
+  __device__ __forceinline__ static int opaque_zero() {
+    int zero = 0;
+    asm volatile("" : "+r"(zero));
+    return zero;
   }
 
   // Two chunks a stage (one in the last when the number of chunks is odd). While the tensor cores work on one stage the next is decoded.
   template <typename LastStage>
   __device__ __forceinline__ void run_narrow(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
     uint32_t a[2][2][16];
-    const int limit = opaque(num_chunks);
+    const int zero = opaque_zero();
     wait_full();
     decode_stage(a[0]);
-    int chunk = 0;
-    for (; chunk + 4 <= num_chunks; chunk += 4) {
-      narrow_step<2>(sum, a[0], a[1], chunk + 2 < limit, false, last_stage);
-      narrow_step<2>(sum, a[1], a[0], chunk + 4 < num_chunks, chunk + 4 == num_chunks, last_stage);
+    int left = num_chunks;
+    for (; left >= 4; left -= 4) {
+      narrow_step<2>(sum, a[0], a[1], left > zero, false, last_stage);
+      narrow_step<2>(sum, a[1], a[0], left > 4, left == 4, last_stage);
     }
-    if (chunk + 2 <= num_chunks) {
-      narrow_step<2>(sum, a[0], a[1], chunk + 2 < num_chunks, chunk + 2 == num_chunks, last_stage);
-      if (chunk + 3 == num_chunks) narrow_step<1>(sum, a[1], a[0], false, true, last_stage);
-    } else if (chunk + 1 == num_chunks) {
+    if (left >= 2) {
+      narrow_step<2>(sum, a[0], a[1], left > 2, left == 2, last_stage);
+      if (left == 3) narrow_step<1>(sum, a[1], a[0], false, true, last_stage);
+    } else if (left == 1) {
       narrow_step<1>(sum, a[0], a[1], false, true, last_stage);
     }
   }
 
   // Of an odd last stage the second half holds stale bytes: decoded, never multiplied.
   __device__ __forceinline__ void decode_stage(uint32_t (&a)[2][16]) const {
-    decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
-    decode_unit(a[1], unit(ring_.data(cursor_.stage), 1), me_.warp, me_.lane);
+    decode(a[0], 0);
+    decode(a[1], 1);
   }
 
   template <int kNum, typename LastStage>
   __device__ __forceinline__ void narrow_step(float (&sum)[N / 2], uint32_t (&now)[2][16], uint32_t (&next)[2][16], bool more, bool last,
                                               LastStage&& last_stage) {
     float d[2][N / 2];
-    const StageCursor at = cursor_;
-    const uint32_t data = ring_.data(at.stage);
+    const Stage stage = take();
     ptx::wgmma_fence();
-    multiply_chunk<N>(d[0], now[0], tile(data, 0), false);
-    if constexpr (kNum == 2) multiply_chunk<N>(d[kL1 ? 0 : 1], now[1], tile(data, 1), kL1);
+    multiply_chunk<N>(d[0], now[0], tile(stage, 0), false);
+    if constexpr (kNum == 2) multiply_chunk<N>(d[kL1 ? 0 : 1], now[1], tile(stage, 1), kL1);
     ptx::wgmma_commit();
-    cursor_.advance();
     if (more) {
       wait_full();
       decode_stage(next);
     }
     ptx::wgmma_wait<0>();
-    promote<N>(sum, d[0], data + stage_scales(N), me_.lane);
-    if constexpr (!kL1 && kNum == 2) promote<N>(sum, d[1], data + stage_scales(N) + N * 4, me_.lane);
-    if (last) last_stage(sum, data);
-    release(at);
+    promote<N>(sum, d[0], stage.data + stage_scales(N), me_.lane);
+    if constexpr (!kL1 && kNum == 2) promote<N>(sum, d[1], stage.data + stage_scales(N) + N * 4, me_.lane);
+    if (last) last_stage(sum, stage.data);
+    release(stage);
   }
 
   // One chunk a stage.
@@ -115,45 +115,41 @@ class MainLoop : private StageReader {
   __device__ __forceinline__ void run_wide_l1(float (&sum)[N / 2], int num_chunks) {
     uint32_t a[2][16];
     float d[N / 2];
-    const int limit = opaque(num_chunks);
+    const int zero = opaque_zero();
     wait_full();
-    decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
-    int chunk = 0;
-    for (; chunk + 1 < num_chunks; chunk += 2) {
-      const StageCursor first = cursor_;
+    decode(a[0]);
+    int left = num_chunks;
+    for (; left >= 2; left -= 2) {
+      const Stage first = take();
       ptx::wgmma_fence();
-      multiply_chunk<N>(d, a[0], tile(ring_.data(first.stage), 0), false);
+      multiply_chunk<N>(d, a[0], tile(first, 0), false);
       ptx::wgmma_commit();
-      cursor_.advance();
-      const StageCursor second = cursor_;
-      const uint32_t data = ring_.data(second.stage);
-      if (chunk + 1 < limit) {
+      if (left > zero) {
         wait_full();
-        decode_unit(a[1], unit(data, 0), me_.warp, me_.lane);
+        decode(a[1]);
       }
+      const Stage second = take();
       ptx::wgmma_fence();
-      multiply_chunk<N>(d, a[1], tile(data, 0), true);
+      multiply_chunk<N>(d, a[1], tile(second, 0), true);
       ptx::wgmma_commit();
-      cursor_.advance();
       ptx::wgmma_wait<1>();
       release(first);
-      if (chunk + 2 < num_chunks) {
+      if (left > 2) {
         wait_full();
-        decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
+        decode(a[0]);
       }
       ptx::wgmma_wait<0>();
-      promote<N>(sum, d, data + stage_scales(N), me_.lane);
+      promote<N>(sum, d, second.data + stage_scales(N), me_.lane);
       release(second);
     }
-    if (chunk < num_chunks) {
-      const StageCursor at = cursor_;
+    if (left > 0) {
+      const Stage stage = take();
       ptx::wgmma_fence();
-      multiply_chunk<N>(d, a[0], tile(ring_.data(at.stage), 0), false);
+      multiply_chunk<N>(d, a[0], tile(stage, 0), false);
       ptx::wgmma_commit();
-      cursor_.advance();
       ptx::wgmma_wait<0>();
-      promote<N>(sum, d, ring_.data(at.stage) + stage_scales(N), me_.lane);
-      release(at);
+      promote<N>(sum, d, stage.data + stage_scales(N), me_.lane);
+      release(stage);
     }
   }
 
@@ -161,15 +157,15 @@ class MainLoop : private StageReader {
   template <typename LastStage>
   __device__ __forceinline__ void run_wide_l2(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
     uint32_t a[2][16];
-    const int limit = opaque(num_chunks);
+    const int zero = opaque_zero();
     wait_full();
-    decode_unit(a[0], unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
-    int chunk = 0;
-    for (; chunk + 2 < num_chunks; chunk += 2) {
-      wide_step(sum, a[0], a[1], chunk + 1 < limit, false, last_stage);
-      wide_step(sum, a[1], a[0], chunk + 2 < limit, false, last_stage);
+    decode(a[0]);
+    int left = num_chunks;
+    for (; left > 2; left -= 2) {
+      wide_step(sum, a[0], a[1], left > zero, false, last_stage);
+      wide_step(sum, a[1], a[0], left > zero, false, last_stage);
     }
-    if (chunk + 2 == num_chunks) {
+    if (left == 2) {
       wide_step(sum, a[0], a[1], true, false, last_stage);
       wide_step(sum, a[1], a[0], false, true, last_stage);
     } else {
@@ -181,20 +177,18 @@ class MainLoop : private StageReader {
   __device__ __forceinline__ void wide_step(float (&sum)[N / 2], uint32_t (&now)[16], uint32_t (&next)[16], bool more, bool last,
                                             LastStage&& last_stage) {
     float d[N / 2];
-    const StageCursor at = cursor_;
-    const uint32_t data = ring_.data(at.stage);
+    const Stage stage = take();
     ptx::wgmma_fence();
-    multiply_chunk<N>(d, now, tile(data, 0), false);
+    multiply_chunk<N>(d, now, tile(stage, 0), false);
     ptx::wgmma_commit();
-    cursor_.advance();
     if (more) {
       wait_full();
-      decode_unit(next, unit(ring_.data(cursor_.stage), 0), me_.warp, me_.lane);
+      decode(next);
     }
     ptx::wgmma_wait<0>();
-    promote<N>(sum, d, data + stage_scales(N), me_.lane);
-    if (last) last_stage(sum, data);
-    release(at);
+    promote<N>(sum, d, stage.data + stage_scales(N), me_.lane);
+    if (last) last_stage(sum, stage.data);
+    release(stage);
   }
 };
 

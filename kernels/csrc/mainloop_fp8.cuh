@@ -41,11 +41,10 @@ class MainLoop : private StageReader {
 
 
   __device__ __forceinline__ void multiply(float (&d)[N / 2], uint32_t data) const {
-    const uint64_t weights = ptx::wgmma_descriptor(data + stage_weights(N) + me_.warpgroup * kUnitBytes);
-    const uint64_t tokens = ptx::wgmma_descriptor(data);
+    const uint32_t weights = data + stage_weights(N) + me_.warpgroup * kUnitBytes;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int group = 0; group < 4; ++group) ptx::wgmma(d, weights + 2 * group, tokens + 2 * group, group > 0);
+    for (int group = 0; group < 4; ++group) ptx::wgmma(d, ptx::wgmma_descriptor(weights, group), ptx::wgmma_descriptor(data, group), group > 0);
     ptx::wgmma_commit();
   }
 
@@ -76,16 +75,14 @@ class MainLoop : private StageReader {
   template <bool kLast, typename LastStage>
   __device__ __forceinline__ void step(float (&sum)[N / 2], LastStage&& last_stage) {
     float d[N / 2];
-    const StageCursor at = cursor_;
-    const uint32_t data = ring_.data(at.stage);
-    multiply(d, data);
-    cursor_.advance();
+    const Stage stage = take();
+    multiply(d, stage.data);
     if constexpr (!kLast && kWaitAhead) wait_full();
-    const Scales scales = load_scales(data);
+    const Scales scales = load_scales(stage.data);
     ptx::wgmma_wait<0>();
     promote(sum, d, scales);
-    if constexpr (kLast) last_stage(sum, data);
-    release(at);
+    if constexpr (kLast) last_stage(sum, stage.data);
+    release(stage);
     if constexpr (!kLast && !kWaitAhead) wait_full();
   }
 };

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(shared_memory);
   const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
-  const Ring ring{ptx::smem_address(smem.stages), ptx::smem_address(smem.full), ptx::smem_address(smem.empty)};
+  const Ring ring(smem.stages);
   const TileBarriers tile(smem);
   const TaskFeed feed(smem.task_slots, ptx::smem_address(smem.task_posted));
   if (threadIdx.x == 0) {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
     ptx::set_max_registers_up<kMathRegisters>();
     dispatch_first<8>(p, smem.experts, launch, blockIdx.x + warp * gridDim.x,
                       (kMathWarps + kServiceWarps) * gridDim.x, lane);
-    MathContext c{p, smem, ring, tile, {warp / 4, warp % 4, lane}};
+    MathContext c{p, smem, tile, {warp / 4, warp % 4, lane}, StageCursor(ring)};
     run_math(c, feed);
     // Nothing that only the combine needs is kept in registers while the products run.
     combine_rest<Slots>(p, smem.experts.block_base[p.shape.num_local_experts], smem.launch, warp * gridDim.x + blockIdx.x, kMathWarps * gridDim.x, lane);

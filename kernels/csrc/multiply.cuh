@@ -14,25 +14,29 @@ struct MathThread {
 // A math thread's place in the ring: the stages are waited for and given back alike, whatever they hold.
 class StageReader {
  public:
-  __device__ StageReader(const Ring& ring, StageCursor& cursor, const MathThread& me) : ring_(ring), cursor_(cursor), me_(me) {}
+  __device__ StageReader(StageCursor& cursor, const MathThread& me) : cursor_(cursor), me_(me) {}
 
  protected:
-  __device__ __forceinline__ void wait_full() const { ptx::mbarrier_wait(ring_.full_barrier(cursor_.stage), cursor_.phase); }
-  __device__ __forceinline__ void release(const StageCursor& at) const {
+  __device__ __forceinline__ void wait_full() const { cursor_.wait_full(); }
+  // The stage at the cursor, which moves on to the next.
+  __device__ __forceinline__ Stage take() const {
+    const Stage stage = cursor_.stage();
+    cursor_.advance();
+    return stage;
+  }
+  __device__ __forceinline__ void release(const Stage& stage) const {
     __syncwarp();
-    if (me_.lane == 0) ptx::mbarrier_arrive(ring_.empty_barrier(at.stage));
+    if (ptx::elect_one()) ptx::mbarrier_arrive(stage.empty());
   }
 
-  const Ring& ring_;
   StageCursor& cursor_;
   const MathThread me_;
 };
 
 template <int N>
 __device__ __forceinline__ void multiply_chunk(float (&d)[N / 2], const uint32_t* a, uint32_t tile_address, bool accumulate) {
-  const uint64_t descriptor = ptx::wgmma_descriptor(tile_address);
 #pragma unroll
-  for (int group = 0; group < 4; ++group) ptx::wgmma(d, a + 4 * group, descriptor + 2 * group, accumulate || group > 0);
+  for (int group = 0; group < 4; ++group) ptx::wgmma(d, a + 4 * group, ptx::wgmma_descriptor(tile_address, group), accumulate || group > 0);
 }
 
 // Calls f(std::integral_constant<int, i>) for i = 0 .. kNum - 1: an unrolled loop whose index is a constant expression.

@@ -25,8 +25,9 @@ __host__ __device__ constexpr int stage_scales(int tile) { return stage_weights(
 __host__ __device__ constexpr int stage_row_weights(int tile) { return stage_scales(tile) + chunks_per_stage(tile) * tile * 4; }
 __host__ __device__ constexpr int stage_block_scales(int tile) { return stage_row_weights(tile) + tile * 4; }
 __host__ __device__ constexpr int stage_end(int tile) { return stage_block_scales(tile) + kBlockScaleBytes; }
-static_assert(stage_end(8) <= kStageBytes && stage_end(16) <= kStageBytes && stage_end(32) <= kStageBytes && stage_end(64) <= kStageBytes &&
-              stage_end(96) <= kStageBytes && stage_end(128) <= kStageBytes);
+constexpr int kStageData = kStageBytes - 16;   // behind it the stage's barriers
+static_assert(stage_end(8) <= kStageData && stage_end(16) <= kStageData && stage_end(32) <= kStageData && stage_end(64) <= kStageData &&
+              stage_end(96) <= kStageData && stage_end(128) <= kStageData);
 
 // The tasks of this CTA in the order it took them, posted by the weight producer for everybody else. Tasks are taken from one counter for the
 // whole grid: a task waits only for tasks with smaller numbers, which somebody has taken before, so nothing can wait in a circle.
@@ -67,30 +68,45 @@ class TaskFeed {
   int sequence_ = 0;
 };
 
-struct StageCursor {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kNumStages) {
-      stage = 0;
-      phase ^= 1;
+// One stage by its shared address. Its barriers are its last 16 bytes: so whoever has the address needs nothing else, and no number of a stage
+// has to be turned into addresses in the product loops.
+struct Stage {
+  uint32_t data;
+
+  __device__ __forceinline__ uint32_t full() const { return data + kStageData; }
+  __device__ __forceinline__ uint32_t empty() const { return data + kStageData + 8; }
+};
+
+struct Ring {
+  uint32_t begin, last;   // shared addresses
+
+  __device__ explicit Ring(const void* stages) : begin(ptx::smem_address(stages)), last(begin + (kNumStages - 1) * kStageBytes) {}
+  __device__ void init() const {
+    for (Stage stage{begin}; stage.data <= last; stage.data += kStageBytes) {
+      ptx::mbarrier_init(stage.full(), 2);               // weight producer, activation producer
+      ptx::mbarrier_init(stage.empty(), kMathWarps);
     }
   }
 };
 
-struct Ring {
-  uint32_t stages;         // shared addresses: of the data,
-  uint32_t full, empty;    // and of kNumStages barriers each
+// A reader's or writer's place in the ring.
+class StageCursor {
+ public:
+  __device__ explicit StageCursor(const Ring& ring) : ring_(ring), stage_{ring.begin} {}
 
-  __device__ __forceinline__ uint32_t data(int stage) const { return stages + stage * kStageBytes; }
-  __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
-  __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
-  __device__ void init() const {
-    for (int i = 0; i < kNumStages; ++i) {
-      ptx::mbarrier_init(full_barrier(i), 2);               // weight producer, activation producer
-      ptx::mbarrier_init(empty_barrier(i), kMathWarps);
-    }
+  __device__ __forceinline__ Stage stage() const { return stage_; }
+  __device__ __forceinline__ void wait_full() const { ptx::mbarrier_wait(stage_.full(), phase_); }
+  __device__ __forceinline__ void wait_empty() const { ptx::mbarrier_wait(stage_.empty(), phase_ ^ 1); }
+  __device__ __forceinline__ void advance() {
+    const bool wraps = stage_.data == ring_.last;
+    stage_.data += wraps ? -(kNumStages - 1) * kStageBytes : kStageBytes;
+    phase_ ^= wraps;
   }
+
+ private:
+  const Ring& ring_;
+  Stage stage_;
+  uint32_t phase_ = 0;
 };
 
 // One thread: takes tasks and streams their weights. The next task is asked for before the current one's weights, which hides the latency.
@@ -98,7 +114,7 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
                                       uint32_t launch) {
   const Shape& s = p.shape;
   uint32_t* counter = p.counters(p.ws.next_task, 1, launch);
-  StageCursor cursor;
+  StageCursor cursor(ring);
   int index = blockIdx.x;   // the first task of every CTA needs no counter
   for (bool more = true; more;) {
     const int next = gridDim.x + atomicAdd(counter, 1);
@@ -122,12 +138,13 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
       for (int pass = 0; pass < passes; ++pass) {
         for (int chunk = 0; chunk < num_chunks; chunk += per_stage) {
           const uint32_t num_bytes = min(per_stage, num_chunks - chunk) * kRowTileBytes;
-          ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
-          ptx::mbarrier_arrive_expect_tx(ring.full_barrier(cursor.stage), num_bytes + kBlockScaleBytes);
-          ptx::bulk_load(ring.data(cursor.stage) + stage_weights(tile), weights, num_bytes, ring.full_barrier(cursor.stage), policy);
+          const Stage stage = cursor.stage();
+          cursor.wait_empty();
+          ptx::mbarrier_arrive_expect_tx(stage.full(), num_bytes + kBlockScaleBytes);
+          ptx::bulk_load(stage.data + stage_weights(tile), weights, num_bytes, stage.full(), policy);
           if constexpr (kFp8Weights) {
-            ptx::bulk_load(ring.data(cursor.stage) + stage_block_scales(tile), block_scales + chunk * kBlockScaleBytes, kBlockScaleBytes,
-                           ring.full_barrier(cursor.stage), ptx::kEvictNormal);
+            ptx::bulk_load(stage.data + stage_block_scales(tile), block_scales + chunk * kBlockScaleBytes, kBlockScaleBytes, stage.full(),
+                           ptx::kEvictNormal);
           }
           weights += num_bytes;
           cursor.advance();
@@ -145,7 +162,7 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
 __device__ inline void produce_activations(const MegaMoeParams& p, const ExpertTable& table, const TaskList& tasks, const Ring& ring,
                                            TaskFeed feed, uint32_t launch) {
   const Shape& s = p.shape;
-  StageCursor cursor;
+  StageCursor cursor(ring);
   for (int index = feed.next().index; index < tasks.num_tasks; index = feed.next().index) {
     const Task task = tasks.get(table, p, index);
     const int tile = task.block.tile, row = task.block.row, per_stage = chunks_per_stage(tile);
@@ -162,15 +179,14 @@ __device__ inline void produce_activations(const MegaMoeParams& p, const ExpertT
         const int num = min(per_stage, num_chunks - chunk);
         const int group = chunk / chunks_per_group, groups = ceil_div(chunk + num, chunks_per_group) - group;
         const uint32_t tile_bytes = num * tile * kUnitK, scale_bytes = groups * tile * 4;
-        const uint32_t full = ring.full_barrier(cursor.stage);
-        const uint32_t data = ring.data(cursor.stage);
-        ptx::mbarrier_wait(ring.empty_barrier(cursor.stage), cursor.phase ^ 1);
+        const Stage stage = cursor.stage();
+        cursor.wait_empty();
         const bool with_weights = !task.is_l1 && chunk + num == num_chunks;
-        ptx::mbarrier_arrive_expect_tx(full, tile_bytes + scale_bytes + (with_weights ? tile * 4 : 0));
-        ptx::bulk_load(data, pool + int64_t{chunk} * tile * kUnitK, tile_bytes, full, ptx::kEvictNormal);
-        ptx::bulk_load(data + stage_scales(tile), scales + int64_t{group} * tile, scale_bytes, full, ptx::kEvictNormal);
+        ptx::mbarrier_arrive_expect_tx(stage.full(), tile_bytes + scale_bytes + (with_weights ? tile * 4 : 0));
+        ptx::bulk_load(stage.data, pool + int64_t{chunk} * tile * kUnitK, tile_bytes, stage.full(), ptx::kEvictNormal);
+        ptx::bulk_load(stage.data + stage_scales(tile), scales + int64_t{group} * tile, scale_bytes, stage.full(), ptx::kEvictNormal);
         if (with_weights) {
-          ptx::bulk_load(data + stage_row_weights(tile), p.local<float>(p.ws.pool_weight) + row, tile * 4, full, ptx::kEvictNormal);
+          ptx::bulk_load(stage.data + stage_row_weights(tile), p.local<float>(p.ws.pool_weight) + row, tile * 4, stage.full(), ptx::kEvictNormal);
         }
         cursor.advance();
       }

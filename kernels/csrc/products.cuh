@@ -14,7 +14,6 @@ namespace hopper_moe {
 struct MathContext {
   const MegaMoeParams& p;
   SharedStorage& smem;
-  const Ring& ring;
   const TileBarriers& tile;
   MathThread me;
   StageCursor cursor;
@@ -49,7 +48,7 @@ __device__ __forceinline__ void run_l1(MathContext& c, int first_row) {
   for (int pass = 0; pass < 2; ++pass) {
     const RowScales scales(c.p.w13_base + first_row + pass * kRowTile + c.row_in_tile());
     float sum[N / 2];
-    MainLoop<N, true>(c.ring, c.cursor, c.me).run(sum, c.p.shape.hidden / kUnitK, [](const float (&)[N / 2], uint32_t) {});
+    MainLoop<N, true>(c.cursor, c.me).run(sum, c.p.shape.hidden / kUnitK, [](const float (&)[N / 2], uint32_t) {});
     const float gate_scale = scales.low(), up_scale = scales.high(), limit = c.p.swiglu_limit;
     if (pass == 0) c.wait_tile();
     constexpr int kBlocks = N >= 32 ? 4 : N / 8;   // 8 x 8 blocks of one store
@@ -73,7 +72,7 @@ template <int N>
 __device__ __forceinline__ void run_l2(MathContext& c, int first_row) {
   const RowScales scales(c.p.w2_base + first_row + c.row_in_tile());
   float sum[N / 2];
-  MainLoop<N, false>(c.ring, c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, [&](float (&sum)[N / 2], uint32_t stage) {
+  MainLoop<N, false>(c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, [&](float (&sum)[N / 2], uint32_t stage) {
     const uint32_t weights = stage + stage_row_weights(N) + c.me.lane % 4 * 8;
     for_each_constant<N / 8>([&](auto index) {
       constexpr int i = decltype(index)::value;

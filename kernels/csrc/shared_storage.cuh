@@ -10,9 +10,7 @@ struct SharedStorage {
   alignas(1024) uint8_t stages[kNumStages * kStageBytes];
   // BF16 [token][128] on its way from math to the service warps: h of an L1 task's 128 features, or an L2 task's 128 output columns.
   alignas(16) uint8_t tile[kMaxTokenTile * kTilePitch];
-  alignas(8) uint64_t full[kNumStages];
-  uint64_t empty[kNumStages];
-  uint64_t tile_full, tile_empty;
+  alignas(8) uint64_t tile_full, tile_empty;
   uint64_t task_posted[kNumTaskSlots];
   TaskSlot task_slots[kNumTaskSlots];
   uint32_t launch;

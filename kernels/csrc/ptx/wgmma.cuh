@@ -15,9 +15,10 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Descriptor of a K-major tile in 128-byte swizzle: 8-row atoms of 1024 bytes, next atom 1024 bytes on. Add 2 per 32 k.
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem) {
-  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) | ((smem & 0x3FFFF) >> 4);
+// Descriptor of the 32 k of number `step` in a K-major tile of 128 k with 128-byte swizzle: 8-row atoms of 1024 bytes, next atom 1024 bytes on.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, int step) {
+  constexpr uint32_t kHigh = 1u << 30 | 1024 >> 4;
+  return uint64_t{kHigh} << 32 | ((smem >> 4) + (1u << 16) + 2 * step);   // smem < 2**18
 }
 
 // An instruction names its accumulators one by one, and the operands after them by the numbers that follow: so the two functions of every N
