@@ -27,6 +27,7 @@ from hopper_moe.moe_backends.registry import REGISTRY
 from hopper_moe.quantization.checkpoint import write_checkpoint
 
 FLASH = ModelFacts("DeepseekV4ForCausalLM", 4096, 2048, 256, 6, 43, 10.0, "fp4")
+PRO = ModelFacts("DeepseekV4ForCausalLM", 7168, 3072, 384, 6, 61, 10.0, "fp4")
 H200 = Gpu(0, "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB, 132, 18)
 EIGHT = Machine(tuple(replace(H200, index=index) for index in range(8)), driver="580.65")
 COMMAND = Path(sys.executable).with_name("hopper-moe")
@@ -71,6 +72,50 @@ def test_preflight_on_eight_h200():
     assert "mxfp4_mega: the fastest at 8 of 8 batch sizes of 1 to 128 tokens" in kernel and "before w4a16" in kernel
     assert f"memory   {43 * 32 * 13377536 / GIB:.2f} GiB of packed expert weights per rank" in report.lines
     assert "ranks    tensor parallel 8, expert parallel 8" in report.lines
+
+
+@pytest.mark.parametrize(
+    "arguments, sizes",
+    [
+        (["--tp", "4", "--dp", "2"], "--tp-size 4 x --dp-size 2"),
+        (["--tp", "4", "--pp-size", "2"], "--tp-size 4 x --pp-size 2"),
+        (["--tp", "4", "--pipeline-parallel-size", "2"], "--tp-size 4 x --pp-size 2"),
+    ],
+)
+def test_stages_and_replicas_take_gpus_of_their_own(arguments, sizes):
+    four = replace(EIGHT, gpus=EIGHT.gpus[:4])
+    (said,) = _report([*arguments, "--ep", "4"], machine=four).refusals
+    assert f"{sizes} needs 8 GPUs, but 4 are visible" in said
+    assert _report([*arguments, "--ep", "4"]).refusals == ()
+
+
+@pytest.mark.parametrize("arguments", [["--dp-size", "4", "--enable-dp-attention"], ["--attn-dp-size", "4"]])
+def test_attention_data_parallelism_takes_no_gpus(arguments):
+    four = replace(EIGHT, gpus=EIGHT.gpus[:4])
+    assert _report(["--tp", "4", *arguments], machine=four).refusals == ()
+
+
+def test_a_pipeline_stage_holds_its_own_layers_only():
+    machine = replace(EIGHT, gpus=tuple(replace(gpu, free_bytes=138 * GIB) for gpu in EIGHT.gpus))
+    report = _report(["--tp", "4", "--pp-size", "2", "--ep", "4"], machine=machine, facts=PRO)
+    assert report.refusals == ()
+    assert "ranks    tensor parallel 4, expert parallel 4, pipeline stages 2" in report.lines
+    stage = expert_bytes_per_rank(replace(PRO, num_moe_layers=31), 4, 3072)  # 61 layers: 30 and 31
+    assert f"memory   {stage / GIB:.2f} GiB of packed expert weights per rank" in report.lines
+    assert any("GiB must stay free" in said for said in _report(["--tp", "4", "--ep", "4"], machine=machine, facts=PRO).refusals)
+
+
+def test_stages_and_replicas_exchange_no_tokens_with_each_other():
+    arguments = ["--tp", "4", "--attn-dp-size", "4", "--pp-size", "2"]
+    assert _report(arguments, machine=replace(EIGHT, blocked_peers=((0, 4), (4, 0)))).refusals == ()
+    (said,) = _report(arguments, machine=replace(EIGHT, blocked_peers=((4, 7), (7, 4)))).refusals
+    assert "GPUs 4->7, 7->4 cannot address each other's memory" in said
+
+
+def test_no_offload_at_all_is_no_offload():
+    assert sglang_args.parse("model", ["--cpu-offload-gb", "0"])[1] == []
+    for arguments in (["--cpu-offload-gb", "8"], ["--cpu-offload-gb=8"], ["--enable-lora"]):
+        assert "leave it out" in sglang_args.parse("model", arguments)[1][0]
 
 
 def test_a_layer_that_the_fused_kernel_cannot_hold_goes_to_the_next_one_unless_it_was_named():
