@@ -13,7 +13,7 @@ COMMANDS = {
     "serve": ("hopper_moe.launch.serve:serve", "Serve a model: stock SGLang on Hopper, an embedded host on a CPU machine."),
     "demo": (
         "hopper_moe.launch.demo:demo",
-        "Make or use a small FP4 checkpoint, serve it, ask it, evaluate it, print the table.",
+        "Serve a small FP4 checkpoint of this package (or yours), ask it, evaluate it, print the table.",
     ),
     "doctor": ("hopper_moe.launch.doctor:doctor", "Say what works on this machine, and for MODEL, line by line."),
     "env": ("hopper_moe.launch.env_report:env", "Print every environment variable, its value, and where that came from."),
