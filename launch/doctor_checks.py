@@ -18,6 +18,7 @@ from packaging.version import Version
 
 from hopper_moe.kernels import jit
 from hopper_moe.launch.machine import GIB, HOPPER, Machine
+from hopper_moe.moe_backends import seams
 from hopper_moe.moe_backends.env import Settings
 from hopper_moe.moe_backends.errors import Refusal
 
@@ -113,17 +114,15 @@ def sglang() -> list[Finding]:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         return [Finding(NOTE, "sglang", "not installed: pip install 'sglang-hopper-moe[sglang]' to serve on a Hopper GPU")]
-    return [_ranged("sglang", version, Version(version)), _seams()]
+    table = seams.pinned_version(version)
+    if table is None:
+        supported = " or ".join(seams.VERSIONS)
+        return [Finding(FAIL, "sglang", f"{version} is not supported by hopper_moe: install sglang=={supported}")]
+    return [_ranged("sglang", version, Version(version)), _seams(table)]
 
 
-def _seams() -> Finding:
-    """Whether every place in the installed SGLang that the plugin hooks into looks as it did when we tested it."""
-    from hopper_moe.moe_backends import compat, seams
-
-    try:
-        table = compat.table_version()
-    except Refusal as refusal:
-        return Finding(FAIL, "sglang", str(refusal))
+def _seams(table: str) -> Finding:
+    """Whether every place in the installed SGLang that the plugin hooks into looks as it did when we tested version `table`."""
     places = {**seams.LAUNCHER[table], **seams.WORKER[table]}
     with warnings.catch_warnings():  # SGLang's modules warn about GPUs that this check does not need
         warnings.simplefilter("ignore")

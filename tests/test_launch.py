@@ -261,6 +261,14 @@ def test_doctor_names_hopper_gpus_and_blocked_peers():
     assert broken.verdict == "FAIL" and "torch sees no device" in broken.text
 
 
+@pytest.mark.parametrize("version", ["0.5.17.post1", "0.5.20", "0.5.22"])
+def test_doctor_says_that_an_sglang_between_the_supported_ones_is_not(version, monkeypatch):
+    monkeypatch.setattr(doctor_checks.importlib.metadata, "version", lambda name: version)
+    (finding,) = doctor_checks.sglang()
+    assert finding.verdict == "FAIL" and finding.subject == "sglang"
+    assert finding.text.startswith(f"{version} is not supported") and "sglang==0.5.23 or 0.5.17" in finding.text
+
+
 def test_third_party_kernels_check_notices_our_folder(monkeypatch):
     assert doctor_checks.third_party_kernels().verdict == "ok"
     monkeypatch.delitem(sys.modules, "kernels", raising=False)
