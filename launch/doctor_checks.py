@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -80,9 +79,9 @@ def peers(machine: Machine) -> list[Finding]:
 def compiler(machine: Machine) -> Finding:
     try:
         path = jit.find_nvcc()
+        said = jit.toolkit(path)
     except Refusal as refusal:
         return Finding(FAIL if machine.is_hopper else NOTE, "compiler", str(refusal))
-    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", said)
     if release is None:
         return Finding(
@@ -101,7 +100,7 @@ def compiled() -> list[Finding]:
     """Which kernel libraries the cache holds, for exactly these sources, flags and compiler."""
     try:
         paths = {name: jit.library_path(library) for name, library in jit.LIBRARIES.items()}
-    except (Refusal, ImportError):  # no compiler or no tvm-ffi: the lines above say so
+    except (Refusal, ImportError):  # no compiler that works or no tvm-ffi: the lines above say so
         return []
     return [
         Finding(OK, "kernels", f"{name} is {'compiled' if path.exists() else 'not compiled yet: happens once, at first use'}")
