@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -216,6 +217,20 @@ def test_every_command_resolves():
         command = getattr(importlib.import_module(module), attribute)
         result = CliRunner().invoke(command, ["--help"])
         assert result.exit_code == 0 and "Usage:" in result.output, name
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "config.json").mkdir()
+    done = CliRunner().invoke(main, ["checkpoint", "inspect", str(tmp_path)])
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.exception
+    assert done.stderr.startswith("hopper-moe: ") and str(tmp_path / "config.json") in done.stderr
+
+    def gone(*_args):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(machines, "detect", gone)
+    piped = CliRunner().invoke(main, ["doctor"])  # `hopper-moe doctor | head -1`: nothing is wrong, nobody listens
+    assert piped.exit_code == 1 and piped.stderr == ""
 
 
 def test_doctor_is_right_on_this_machine(model):
