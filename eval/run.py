@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hopper_moe.eval.benchmarks import Benchmark
 from hopper_moe.eval.journal import LOCK, Journal, RunLock
 from hopper_moe.eval.sampler import Sampler
+from hopper_moe.eval.signals import handled
 from hopper_moe.eval.statistics import Attempt, active_seconds, summarize
 from hopper_moe.moe_backends.errors import Refusal
 
@@ -189,21 +190,19 @@ def evaluate(
             journal.add(example.id, repeat, gen.seed, sample)
         return sample
 
-    previous = {number: signal.signal(number, lambda *_: sampler.abort()) for number in _INTERRUPTS}
     try:
-        run_examples(
-            name=benchmark.name,
-            examples=benchmark.examples,
-            sample_fn=ask,
-            score_one_fn=lambda e, s: (0.0, None) if s.finish_reason == "error" else benchmark.grade(e, s),
-            num_threads=concurrency,
-            n_repeats=options.n_repeats,
-            progress=False,
-            on_sample_scored=progress,
-        )
+        with handled(_INTERRUPTS, lambda *_: sampler.abort()):
+            run_examples(
+                name=benchmark.name,
+                examples=benchmark.examples,
+                sample_fn=ask,
+                score_one_fn=lambda e, s: (0.0, None) if s.finish_reason == "error" else benchmark.grade(e, s),
+                num_threads=concurrency,
+                n_repeats=options.n_repeats,
+                progress=False,
+                on_sample_scored=progress,
+            )
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         progress.bar.close()
         journal.close()
     if sampler.hopeless:

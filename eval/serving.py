@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 from tqdm import tqdm
 
+from hopper_moe.eval.signals import handled
 from hopper_moe.launch import machine
 from hopper_moe.launch.cpu_host_kernels import CPU_KERNELS
 from hopper_moe.moe_backends.errors import Refusal
@@ -83,12 +84,8 @@ def _signals_as_exits() -> Iterator[None]:
     def leave(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with handled((signal.SIGTERM, signal.SIGHUP), leave):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -61,6 +61,21 @@ def test_no_server_outlives_its_evaluation(tmp_path: Path, number: int) -> None:
     assert not listening(url)
 
 
+def test_what_was_ignored_stays_ignored() -> None:
+    """nohup: the run goes on when its terminal closes."""
+    program = (
+        "import signal, time; from hopper_moe.eval.serving import _signals_as_exits\n"
+        "with _signals_as_exits(): print('in', flush=True); time.sleep(3)\n"
+        "print('out')"
+    )
+    ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, **ignore)
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGHUP)
+    rest, _ = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (0, "out\n")
+
+
 def test_a_server_that_was_there_before_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = serving.free_port()
     other = subprocess.Popen([sys.executable, "-c", SERVER, str(port), "reference"])
