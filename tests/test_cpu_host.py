@@ -2,13 +2,19 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from hopper_moe.eval.serving import free_port
 from hopper_moe.eval.tiny_model.config import build_model
 from hopper_moe.launch.cpu_host import create_app
 from hopper_moe.launch.cpu_host_engine import Engine, Request
@@ -94,6 +100,55 @@ def test_batch_of_equal_lengths_gives_the_answers_of_single_requests(packed, see
     assert engine.generate(requests) == [engine.generate([r])[0] for r in requests]
     with pytest.raises(ValueError, match="one length only"):
         engine.generate([requests[0], Request((7, 8), 3, temperature=0)])
+
+
+def test_a_request_whose_client_went_away_leaves_the_others_alone(packed) -> None:
+    engine = Engine(*packed, window=0.5)
+    gone, stays = (engine.submit(Request((7, 8, 9), 3, temperature=0)) for _ in range(2))
+    assert gone.cancel()
+    assert len(stays.result(timeout=60).tokens) <= 3
+    assert engine.submit(Request((7, 8, 9), 3, temperature=0)).result(timeout=60) == stays.result()
+
+
+# A server whose model never finishes an answer.
+SLOW = """
+import sys, time
+from hopper_moe.launch import cpu_host
+cpu_host.Engine.generate = lambda *_: time.sleep(1000)
+cpu_host.serve(sys.argv[1], port=int(sys.argv[2]), kernel="transformers")
+"""
+
+
+def wait_for_health(url: str) -> None:
+    for _ in range(300):
+        try:
+            assert httpx.get(f"{url}/health").status_code == 200
+            return
+        except httpx.ConnectError:
+            time.sleep(0.2)
+    raise AssertionError(f"{url} does not answer")
+
+
+def test_ctrl_c_does_not_wait_for_the_queue() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    host = subprocess.Popen([sys.executable, "-c", SLOW, str(tiny_model()), str(port)])
+    try:
+        wait_for_health(url)
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(httpx.post, f"{url}/v1/completions", json={"prompt": "Mia"}, timeout=30)
+            time.sleep(2)
+            assert not asked.done()
+            host.send_signal(signal.SIGINT)
+            host.wait(25)
+    finally:
+        host.kill()
+
+
+def test_a_bad_command_line_is_one_sentence() -> None:
+    command = [sys.executable, "-m", "hopper_moe.launch.cpu_host", str(tiny_model()), "--kernel", "foo", "--port", "abc"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and "is not" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_many_clients_with_prompts_of_different_lengths(client) -> None:
