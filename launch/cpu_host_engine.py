@@ -142,5 +142,7 @@ def choose_token(logits: torch.Tensor, request: Request, generator: torch.Genera
         probabilities[request.top_k :] = 0
     probabilities[probabilities < request.min_p * probabilities[0]] = 0
     probabilities /= probabilities.sum()
-    probabilities[probabilities.cumsum(-1) - probabilities >= request.top_p] = 0  # keeps the token that crosses top_p
+    dropped = probabilities.cumsum(-1) - probabilities >= request.top_p  # keeps the token that crosses top_p
+    dropped[0] = False  # a top_p below float32's smallest number reads as 0 here
+    probabilities[dropped] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
