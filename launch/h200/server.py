@@ -137,12 +137,22 @@ def stop(server: Server) -> None:
 
 def _refuse_used_port(port: int) -> None:
     """Whatever listens there would be taken for our server."""
+    for _ in range(9):
+        if _port_problem(port) is None:
+            return
+        time.sleep(0.1)  # a child that another thread starts holds copies of this process's sockets until its exec
+    if problem := _port_problem(port):
+        raise Refusal(f"port {port} of {HOST} cannot be used ({problem}): choose a free one.")
+
+
+def _port_problem(port: int) -> str | None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise Refusal(f"port {port} of {HOST} cannot be used ({error.strerror}): choose a free one.") from error
+            return error.strerror
+    return None
 
 
 def _is_healthy(url: str) -> bool:
