@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ BENCHMARKS = {
 ERRORS = 3
 
 
+class FiniteRange(click.FloatRange):
+    """NaN is in no range, but click's comparisons let it pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 def run_options(command):
     """The options that say how to ask; shared with `compare --serve`."""
     for option in reversed(
@@ -26,8 +38,8 @@ def run_options(command):
             ),
             click.option("--num-examples", type=click.IntRange(1), help="Only the first N questions."),
             click.option("--n-repeats", type=click.IntRange(1), help="Answers per question [default: the benchmark's own]."),
-            click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True),
-            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True),
+            click.option("--temperature", type=FiniteRange(0), default=0.0, show_default=True),
+            click.option("--top-p", type=FiniteRange(0, 1, min_open=True), default=0.95, show_default=True),
             click.option(
                 "--max-tokens", type=click.IntRange(1), help="Longest answer [default: the server's limit; 64 for word_problems]."
             ),
@@ -60,7 +72,7 @@ def benchmark_command(name: str) -> click.Command:
     )
     @click.option("--fresh", is_flag=True, help="Throw away what the run folder holds and ask everything again.")
     @click.option(
-        "--allow-errors", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Largest error rate with exit code 0."
+        "--allow-errors", type=FiniteRange(0, 1), default=0.0, show_default=True, help="Largest error rate with exit code 0."
     )
     @run_options
     def command(
@@ -95,10 +107,12 @@ def run_benchmark(
     concurrency: int = 32,
     tries: int = 4,
     recorded_url: str | None = None,
+    checkpoint: str | None = None,
 ) -> tuple[int, Path]:
     """One run, printed: (exit code, run folder). Call from the main thread. Raises `Refusal` before the first question is asked.
 
-    `recorded_url` stands for `base_url` in the settings when the address is no part of the run's identity (a server of our own).
+    `recorded_url` stands for `base_url` in the settings when the address is no part of the run's identity (a server of our
+    own); `checkpoint` says then what was served (`serving.fingerprint`).
     """
     from hopper_moe.eval import benchmarks, run
     from hopper_moe.eval.sampler import Sampler
@@ -119,10 +133,11 @@ def run_benchmark(
             err=True,
         )
     sampler = Sampler(base_url, model, api_key, tries)
-    settings = run.run_settings(benchmark, options, base_url, sampler, recorded_url)
+    settings = run.run_settings(benchmark, options, base_url, sampler, recorded_url, checkpoint)
     out = out or run.default_directory(settings)
-    run.open_directory(out, settings, fresh)
-    status, metrics = run.evaluate(benchmark, sampler, options, settings, out, concurrency)
+    with closing(run.claim_directory(out)):
+        run.open_directory(out, settings, fresh)
+        status, metrics = run.evaluate(benchmark, sampler, options, settings, out, concurrency)
     if metrics is None:
         return status, out
     click.echo(format_summary(name, metrics))

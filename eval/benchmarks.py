@@ -1,7 +1,7 @@
 """The benchmarks: questions, prompt and grader of each, all taken from sgl-eval; `word_problems` adds only its own questions.
 
-sgl-eval keeps its loaders and graders in underscore modules, so its version is pinned and `tests/test_eval_contract.py` compares
-what we build from its parts with what its own runner reports.
+sgl-eval keeps its loaders and graders in underscore modules, so `tests/test_eval_statistics.py` compares what we build from its
+parts with what its own runner reports.
 """
 
 from __future__ import annotations
@@ -124,7 +124,11 @@ def _from_file(name: str, path: Path, num_examples: int | None, *, letters: bool
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"--data {path} cannot be read as UTF-8 text ({error}): give a JSON Lines file.") from error
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a question may hold U+2028
         if not line.strip():
             continue
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hopper_moe.eval.benchmark_cli import BENCHMARKS, run_benchmark, run_options
+from hopper_moe.eval.benchmark_cli import BENCHMARKS, FiniteRange, run_benchmark, run_options
 from hopper_moe.moe_backends.errors import Refusal
 
 EXIT_CODES = {"same": 0, "better": 0, "worse": 5, "undecided": 6}
@@ -16,13 +16,11 @@ EXIT_CODES = {"same": 0, "better": 0, "worse": 5, "undecided": 6}
 
 @click.command("compare", short_help="Paired comparison of two runs, or of kernels serving one model.")
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[A B]")
-@click.option(
-    "--margin", type=click.FloatRange(0, 100), default=1.0, show_default=True, help="Percentage points that do not matter."
-)
+@click.option("--margin", type=FiniteRange(0, 100), default=1.0, show_default=True, help="Percentage points that do not matter.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Report folder [default: B/compare, with --serve eval-runs/compare]."
 )
-@click.option("--allow-errors", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Largest error rate of a run.")
+@click.option("--allow-errors", type=FiniteRange(0, 1), default=0.0, show_default=True, help="Largest error rate of a run.")
 @click.option("--serve", "model", help="Serve this model once per kernel and run both sides here.")
 @click.option("--kernels", help="Comma-separated; every other one is compared with the first.")
 @click.option(
@@ -93,16 +91,15 @@ def _serve_and_compare(
     fresh: bool,
     how: dict[str, Any],
 ) -> list[str]:
-    from hopper_moe.eval.serving import served, server_command
+    from hopper_moe.eval.serving import fingerprint, served, server_command
 
     for kernel in kernels:
         server_command(model, kernel, 0)  # refuses a kernel of the wrong machine before the first one is served
     folders = {kernel: out / kernel for kernel in kernels}
     for kernel, folder in folders.items():
         with served(model, kernel, out / f"server-{kernel}.log") as base_url:
-            status, _ = run_benchmark(
-                benchmark, base_url, out=folder, fresh=fresh, allow_errors=allow_errors, recorded_url="own", **how
-            )
+            own = {"recorded_url": "own", "checkpoint": fingerprint(model)}
+            status, _ = run_benchmark(benchmark, base_url, out=folder, fresh=fresh, allow_errors=allow_errors, **own, **how)
         if status:
             sys.exit(status)
     first = kernels[0]

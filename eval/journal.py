@@ -24,28 +24,44 @@ _FIELDS = (
 )
 
 
-class Journal:
-    """Answers by (question id, repeat). Safe against SIGKILL at any point: a half-written last line is dropped on opening.
+LOCK = "lock"
 
-    Failed requests are never written, so a resumed run asks them again. One process at a time may hold a journal.
-    """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+class RunLock:
+    """One process at a time writes in a run folder, or deletes what is there. Held until closed; the file stays."""
+
+    def __init__(self, folder: Path) -> None:
+        self._fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._fd)
-            raise Refusal(f"{path.parent}: another run is writing here: wait for it or give another --out.") from None
+            raise Refusal(f"{folder}: another run is writing here: wait for it or give another --out.") from None
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Journal:
+    """Answers by (question id, repeat). Safe against SIGKILL at any point: a half-written last line is dropped on opening.
+
+    Failed requests are never written, so a resumed run asks them again. The caller holds the folder's `RunLock`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.ftruncate(self._fd, whole)
         self.answers: dict[tuple[str, int], Sample] = {}
-        for line in content[:whole].splitlines():
-            record = json.loads(line)
-            key = (record.pop("id"), record.pop("repeat"))
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                key = (record.pop("id"), record.pop("repeat"))
+            except (ValueError, KeyError, AttributeError) as error:
+                os.close(self._fd)
+                raise Refusal(f"{path}, line {number}, is no answer of ours ({error!r}): --fresh starts over.") from error
             self.answers[key] = Sample(**{name: record.get(name) for name in _FIELDS})
         self._lock = threading.Lock()
 

@@ -56,14 +56,23 @@ def load_run(folder: Path) -> Run:
     """Read a run folder. Raises `Refusal` if the run is not finished."""
     if not (folder / "metrics.json").exists():
         raise Refusal(f"{folder} holds no finished run (no metrics.json): run its `hopper-moe eval` command to the end first.")
-    metrics = json.loads((folder / "metrics.json").read_text())
-    questions: dict[str, list[dict[str, Any]]] = {}
-    for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        questions.setdefault(record["id"], []).append(record)
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        settings = metrics.pop("settings")
+        questions: dict[str, list[dict[str, Any]]] = {}
+        with (folder / "records.jsonl").open(encoding="utf-8") as records:  # not splitlines: an answer may hold U+2028
+            for record in map(json.loads, records):
+                questions.setdefault(record["id"], []).append(record)
+    except (OSError, ValueError, KeyError) as error:
+        raise Refusal(f"{folder} is no run of ours, or damaged ({error!r}): repeat its `hopper-moe eval` command.") from error
+    if len(questions) != settings["questions"] or {len(rows) for rows in questions.values()} != {settings["n_repeats"]}:
+        raise Refusal(
+            f"{folder}: records.jsonl holds {sum(map(len, questions.values()))} answers, not {settings['questions']} x "
+            f"{settings['n_repeats']}: repeat its `hopper-moe eval` command."
+        )
     return Run(
         folder,
-        metrics.pop("settings"),
+        settings,
         metrics,
         list(questions),
         [rows[0]["problem"] for rows in questions.values()],

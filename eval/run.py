@@ -17,12 +17,15 @@ from sgl_eval.types import Example, GenConfig, Sample
 from tqdm import tqdm
 
 from hopper_moe.eval.benchmarks import Benchmark
-from hopper_moe.eval.journal import Journal
+from hopper_moe.eval.journal import LOCK, Journal, RunLock
 from hopper_moe.eval.sampler import Sampler
+from hopper_moe.eval.signals import handled
 from hopper_moe.eval.statistics import Attempt, active_seconds, summarize
 from hopper_moe.moe_backends.errors import Refusal
 
 COMPLETE, INTERRUPTED, NO_SERVER = 0, 130, 4
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system's limit, a closed terminal
+_OURS = ("settings.tmp", LOCK)  # what a run killed before its first question leaves
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,12 @@ def request_seed(seed: int | None, example_id: str, repeat: int) -> int | None:
 
 
 def run_settings(
-    benchmark: Benchmark, options: Options, base_url: str, sampler: Sampler, recorded_url: str | None = None
+    benchmark: Benchmark,
+    options: Options,
+    base_url: str,
+    sampler: Sampler,
+    recorded_url: str | None = None,
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the answers; a run directory only ever holds answers of one setting."""
     return {
@@ -70,6 +78,7 @@ def run_settings(
         "prompt": benchmark.prompt_name,
         "base_url": recorded_url or base_url,
         "model": sampler.model,
+        "checkpoint": checkpoint,
         "server": _server_says(sampler),
         **asdict(options),
         "sgl_eval": version("sgl-eval"),
@@ -78,8 +87,7 @@ def run_settings(
 
 def _server_says(sampler: Sampler) -> dict[str, Any]:
     """The model entry of /models without what changes at every start: the CPU host names its kernel there."""
-    entries = (m.model_dump() for m in sampler.client.models.list().data)
-    entry = next((e for e in entries if e["id"] == sampler.model), {})
+    entry = next((e for e in sampler.models if e["id"] == sampler.model), {})
     return {k: v for k, v in entry.items() if k in ("kernel", "root", "max_model_len", "owned_by")}
 
 
@@ -90,11 +98,24 @@ def default_directory(settings: dict[str, Any]) -> Path:
     return Path("eval-runs") / f"{settings['benchmark']}-{model}-{digest}"
 
 
+def claim_directory(out: Path) -> RunLock:
+    """Make the run directory ours until the lock is closed. Raises `Refusal` for a folder of something else, and while another
+    run writes in it.
+    """
+    try:
+        if out.exists() and not (out / "settings.json").exists() and any(p.name not in _OURS for p in out.iterdir()):
+            raise Refusal(f"{out} is not empty and holds no run of ours: give another --out.")
+        out.mkdir(parents=True, exist_ok=True)
+        return RunLock(out)
+    except OSError as error:
+        raise Refusal(f"{out} cannot be a run folder ({error.strerror}): give another --out.") from error
+
+
 def open_directory(out: Path, settings: dict[str, Any], fresh: bool) -> None:
-    """Prepare the run directory. Raises `Refusal` when it holds a run with other settings."""
+    """Prepare the claimed run directory. Raises `Refusal` when it holds a run with other settings."""
     path, temporary = out / "settings.json", out / "settings.tmp"
     if path.exists() and not fresh:
-        known = json.loads(path.read_text())
+        known = _known_settings(path)
         for key in settings:
             if known.get(key) != settings[key]:
                 raise Refusal(
@@ -102,14 +123,17 @@ def open_directory(out: Path, settings: dict[str, Any], fresh: bool) -> None:
                     "give another --out, or --fresh to start over."
                 )
         return
-    if path.exists():
-        for name in ("metrics.json", "records.jsonl", "answers.jsonl", "settings.json"):
-            (out / name).unlink(missing_ok=True)
-    elif out.exists() and any(p != temporary for p in out.iterdir()):
-        raise Refusal(f"{out} is not empty and holds no run of ours: give another --out.")
-    out.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "records.jsonl", "answers.jsonl", "settings.json"):
+        (out / name).unlink(missing_ok=True)
     temporary.write_text(json.dumps(settings, indent=1) + "\n")
     temporary.replace(path)
+
+
+def _known_settings(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise Refusal(f"{path} is damaged ({error}): give another --out, or --fresh to start over.") from error
 
 
 class _Progress:
@@ -137,7 +161,8 @@ class _Progress:
 def evaluate(
     benchmark: Benchmark, sampler: Sampler, options: Options, settings: dict[str, Any], out: Path, concurrency: int
 ) -> tuple[int, dict[str, Any] | None]:
-    """(exit status, metrics). Status `INTERRUPTED` (Ctrl-C) and `NO_SERVER` (nothing was ever answered) come without metrics.
+    """(exit status, metrics). Status `INTERRUPTED` (Ctrl-C, SIGTERM, SIGHUP) and `NO_SERVER` (nothing was ever answered) come
+    without metrics.
 
     Writes answers.jsonl while it runs, then records.jsonl and metrics.json. Call it from the main thread: the graders' timeouts
     are signals.
@@ -165,20 +190,19 @@ def evaluate(
             journal.add(example.id, repeat, gen.seed, sample)
         return sample
 
-    previous = signal.signal(signal.SIGINT, lambda *_: sampler.abort())
     try:
-        run_examples(
-            name=benchmark.name,
-            examples=benchmark.examples,
-            sample_fn=ask,
-            score_one_fn=lambda e, s: (0.0, None) if s.finish_reason == "error" else benchmark.grade(e, s),
-            num_threads=concurrency,
-            n_repeats=options.n_repeats,
-            progress=False,
-            on_sample_scored=progress,
-        )
+        with handled(_INTERRUPTS, lambda *_: sampler.abort()):
+            run_examples(
+                name=benchmark.name,
+                examples=benchmark.examples,
+                sample_fn=ask,
+                score_one_fn=lambda e, s: (0.0, None) if s.finish_reason == "error" else benchmark.grade(e, s),
+                num_threads=concurrency,
+                n_repeats=options.n_repeats,
+                progress=False,
+                on_sample_scored=progress,
+            )
     finally:
-        signal.signal(signal.SIGINT, previous)
         progress.bar.close()
         journal.close()
     if sampler.hopeless:
@@ -204,7 +228,8 @@ def write_report(
 ) -> dict[str, Any]:
     """records.jsonl (one line per request, in question order) and metrics.json; the metrics are returned too."""
     questions: list[list[Attempt]] = []
-    with (out / "records.jsonl").open("w", encoding="utf-8") as records:
+    unfinished = out / "records.tmp"
+    with unfinished.open("w", encoding="utf-8") as records:
         for e in benchmark.examples:
             of_question = [graded[e.id, repeat] for repeat in range(options.n_repeats)]
             questions.append([g.attempt() for g in of_question])
@@ -226,6 +251,7 @@ def write_report(
                     "end": g.sample.generation_end_time,
                 }
                 records.write(json.dumps(record, ensure_ascii=False) + "\n")
+    unfinished.replace(out / "records.jsonl")
     metrics = {
         k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summarize(questions).items()
     }  # JSON has no NaN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import openai
 from sgl_eval.runner import WorkerAborted
@@ -14,6 +15,23 @@ from hopper_moe.eval.interruptible import InterruptibleClient
 from hopper_moe.moe_backends.errors import Refusal
 
 GIVE_UP_AFTER = 20  # failed requests with not one success
+LISTING_TIMEOUT = 30.0  # seconds for /models, which needs no generation
+
+
+def served_models(base_url: str, api_key: str, model: str | None) -> list[dict[str, Any]]:
+    """What /models lists, [] if it lists nothing and `model` is named. Raises `Refusal` for an endpoint that cannot be used."""
+    try:
+        client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=LISTING_TIMEOUT, max_retries=0)
+        models = [entry.model_dump() for entry in client.models.list().data]
+    except openai.APIStatusError as error:
+        if model is not None:  # an endpoint without /models
+            return []
+        raise Refusal(f"{base_url} does not list its models ({error}): name the model with --model.") from error
+    except (openai.OpenAIError, UnicodeError) as error:
+        raise Refusal(f"{base_url} does not answer /models ({error}): check --base-url and --api-key.") from error
+    if not models and model is None:
+        raise Refusal(f"{base_url} lists no model: name it with --model.")
+    return models
 
 
 class Sampler(ChatCompletionSampler):
@@ -23,12 +41,8 @@ class Sampler(ChatCompletionSampler):
     """
 
     def __init__(self, base_url: str, model: str | None, api_key: str, tries: int) -> None:
-        try:
-            super().__init__(base_url=base_url, model=model, api_key=api_key, max_retries=tries)
-        except (openai.APIError, RuntimeError) as error:
-            raise Refusal(
-                f"{base_url} does not answer /models ({error}): check --base-url, or name the model with --model."
-            ) from error
+        self.models = served_models(base_url, api_key, model)
+        super().__init__(base_url=base_url, model=model or self.models[0]["id"], api_key=api_key, max_retries=tries)
         self._interruptible = InterruptibleClient(self._http.timeout)
         self.client = self.client.with_options(max_retries=0, http_client=self._interruptible)
         self._http.close()
@@ -36,6 +50,7 @@ class Sampler(ChatCompletionSampler):
         self.last_error = ""
         self.hopeless = False
         self._count_lock = threading.Lock()
+        self._aborting = False
 
     def __call__(self, messages: MessageList, gen: GenConfig | None = None) -> Sample:
         kwargs = self._build_kwargs(messages, gen or GenConfig())
@@ -64,7 +79,10 @@ class Sampler(ChatCompletionSampler):
         return Sample(text="", finish_reason="error")
 
     def abort(self) -> None:
-        """End the run: requests in flight fail now, and nothing is asked any more."""
+        """End the run: requests in flight fail now, and nothing is asked any more. Safe in a signal handler."""
+        if self._aborting:  # a second signal inside the first one's `set`, which holds a lock
+            return
+        self._aborting = True
         self._abort_event.set()
         self._interruptible.interrupt()
 

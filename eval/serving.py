@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 from tqdm import tqdm
 
+from hopper_moe.eval.signals import handled
 from hopper_moe.launch import machine
 from hopper_moe.launch.cpu_host_kernels import CPU_KERNELS
 from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.checkpoint_files import read_config
 
 CPU_READY, GPU_READY = 300.0, 3600.0  # seconds until the endpoint must answer
 _LOG_LINES = 15
@@ -32,8 +35,7 @@ def free_port() -> int:
 
 def uses_sglang(model: str) -> bool:
     """Whether `model` is served by SGLang here: a Hopper machine, and attention sizes that stock SGLang has kernels for."""
-    config = Path(model) / "config.json"
-    sizes = json.loads(config.read_text()) if config.exists() else {}
+    sizes = read_config(Path(model)) if (Path(model) / "config.json").exists() else {}
     fits = sizes.get("head_dim", 512) == 512 and sizes.get("index_head_dim", 128) == 128
     return fits and machine.detect().is_hopper
 
@@ -63,18 +65,47 @@ def served(model: str, kernel: str, log: Path) -> Iterator[str]:
     port = free_port()
     command, environment = server_command(model, kernel, port)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
+    limit = GPU_READY if uses_sglang(model) else CPU_READY
+    with log.open("w") as output, _signals_as_exits():
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        _wait_until_ready(process, port, kernel, log, GPU_READY if uses_sglang(model) else CPU_READY)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            _wait_until_ready(process, port, kernel, log, limit)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            _stop(process)
+
+
+@contextmanager
+def _signals_as_exits() -> Iterator[None]:
+    """SIGTERM and SIGHUP, which would end this process without its `finally`s, leave the block as `SystemExit`: the server is in
+    a session of its own, and would go on for ever.
+    """
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    with handled((signal.SIGTERM, signal.SIGHUP), leave):
+        yield
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):  # Ctrl-C again: no more patience
+        process.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # and whatever it has left behind
+    process.wait()
+
+
+def fingerprint(model: str) -> str:
+    """What tells one checkpoint from another without reading its weights: its path, its config, its files' sizes and times. A
+    name on the hub is itself.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file())
+    return f"{folder.resolve()} {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"
 
 
 def _wait_until_ready(process: subprocess.Popen, port: int, kernel: str, log: Path, limit: float) -> None:
@@ -86,13 +117,22 @@ def _wait_until_ready(process: subprocess.Popen, port: int, kernel: str, log: Pa
                     f"the server for kernel {kernel} ended with code {process.returncode}; {log} ends with:\n{_tail(log)}"
                 )
             try:
-                if httpx.get(health, timeout=5).status_code == 200:
+                reply = httpx.get(health, timeout=5)
+                if reply.status_code == 200 and process.poll() is None:
+                    _check_whose(reply, kernel, health)
                     return
             except httpx.HTTPError:
                 pass
             time.sleep(0.25)
             bar.refresh()
     raise Refusal(f"the server for kernel {kernel} did not answer {health} within {limit:.0f} s; {log} ends with:\n{_tail(log)}")
+
+
+def _check_whose(reply: httpx.Response, kernel: str, health: str) -> None:
+    """Raises `Refusal` if the CPU host that answers has another kernel: then it is not the one we started."""
+    said = reply.json() if reply.headers.get("content-type", "").startswith("application/json") else {}
+    if isinstance(said, dict) and said.get("kernel", kernel) != kernel:
+        raise Refusal(f"{health} is answered by another server, with kernel {said['kernel']}: stop it, or try again.")
 
 
 def _tail(log: Path) -> str:

@@ -51,6 +51,8 @@ def serving(engine: Engine, kernel: str) -> Iterator[str]:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError(f"the CPU host did not start on port {port}: see its error above.")
         time.sleep(0.05)
     try:
         yield f"http://127.0.0.1:{port}/v1"

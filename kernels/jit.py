@@ -24,6 +24,7 @@ from hopper_moe.quantization import layout
 SOURCE_DIR = Path(__file__).parent / "csrc"
 ARCHITECTURE = ("-gencode=arch=compute_90a,code=sm_90a",)
 FLAGS = ("-O3", "-std=c++17", *ARCHITECTURE)
+SAID_AT_MOST = 1000  # characters of a failed compiler's output in a refusal: its last errors, and still one line
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,30 @@ def include_flags(csrc: Path | None = None) -> list[str]:
 
 
 @functools.cache
-def _toolkit() -> str:
-    return subprocess.run([find_nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
+def toolkit(nvcc: Path) -> str:
+    """What `nvcc --version` prints. Raises Refusal if it fails."""
+    return _run([str(nvcc), "--version"], f"`{nvcc} --version` failed").stdout
+
+
+def _run(command: list[str], failed: str) -> subprocess.CompletedProcess[str]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise Refusal(f"{failed} ({error.strerror}): install the CUDA 13 toolkit again.") from None
+    if done.returncode:
+        said = " ".join((done.stdout + done.stderr).split()) or "no output"
+        raise Refusal(
+            f"{failed} (exit code {done.returncode}), mend that or install the CUDA 13 toolkit again: {said[-SAID_AT_MOST:]}"
+        )
+    return done
 
 
 def cache_key(library: Library) -> str:
     """Hex digest of everything that decides the compiled bytes."""
     digest = hashlib.sha256()
     defines = [flag for flag in include_flags() if flag.startswith("-D")]
-    for text in (library.source, *library.defines, *FLAGS, *defines, _toolkit(), importlib.metadata.version("apache-tvm-ffi")):
+    tools = (toolkit(find_nvcc()), importlib.metadata.version("apache-tvm-ffi"))
+    for text in (library.source, *library.defines, *FLAGS, *defines, *tools):
         digest.update(text.encode() + b"\0")
     for path in sorted(SOURCE_DIR.rglob("*.cu*")):
         digest.update(str(path.relative_to(SOURCE_DIR)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -84,13 +100,10 @@ def library_path(library: Library) -> Path:
 
 
 def compile_source(source: Path, output: Path, *options: str, csrc: Path | None = None) -> str:
-    """Compiles one translation unit, with our headers or those of `csrc`; what the compiler said. Raises RuntimeError with its
-    words if it fails."""
+    """Compiles one translation unit, with our headers or those of `csrc`; what the compiler said. Raises Refusal with the end of
+    its words if it fails."""
     command = [str(find_nvcc()), *FLAGS, *include_flags(csrc), *options, "-o", str(output), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"nvcc could not compile {source.name}:\n{done.stderr[-4000:]}")
-    return done.stderr
+    return _run(command, f"{command[0]} could not compile {source.name}").stderr
 
 
 def _nvcc(library: Library, output: Path, *options: str) -> str:
@@ -99,8 +112,8 @@ def _nvcc(library: Library, output: Path, *options: str) -> str:
 
 
 def build(name: str) -> Path:
-    """Compiles one library unless the cache has it; returns its path. Raises RuntimeError with the compiler's words if it
-    fails."""
+    """Compiles one library unless the cache has it; returns its path. Raises Refusal with the end of the compiler's words if
+    it fails."""
     library = LIBRARIES[name]
     target = library_path(library)
     if target.exists():

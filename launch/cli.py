@@ -13,7 +13,7 @@ COMMANDS = {
     "serve": ("hopper_moe.launch.serve:serve", "Serve a model: stock SGLang on Hopper, an embedded host on a CPU machine."),
     "demo": (
         "hopper_moe.launch.demo:demo",
-        "Make or use a small FP4 checkpoint, serve it, ask it, evaluate it, print the table.",
+        "Serve a small FP4 checkpoint of this package (or yours), ask it, evaluate it, print the table.",
     ),
     "doctor": ("hopper_moe.launch.doctor:doctor", "Say what works on this machine, and for MODEL, line by line."),
     "env": ("hopper_moe.launch.env_report:env", "Print every environment variable, its value, and where that came from."),
@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in other modules; `Refusal` becomes one line on stderr and exit code 2."""
+    """A group whose commands live in other modules; `Refusal` and `OSError` become one line on stderr and exit code 2."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -43,7 +43,9 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except Refusal as refusal:
+        except BrokenPipeError:  # click ends quietly: the reader of a pipe has seen enough
+            raise
+        except (Refusal, OSError) as refusal:
             click.echo(f"hopper-moe: {refusal}", err=True)
             ctx.exit(2)
 

@@ -26,6 +26,8 @@ from hopper_moe.launch.cpu_host_model import load
 from hopper_moe.moe_backends.env import settings
 from hopper_moe.moe_backends.errors import Refusal
 
+STOP = 5  # seconds that a stopping server leaves to the answers under way; without a limit it would work off its whole queue
+
 
 def create_app(engine: Engine, model_name: str, kernel: str) -> FastAPI:
     """The HTTP endpoints: /health, /v1/models, /v1/chat/completions, /v1/completions."""
@@ -103,7 +105,7 @@ def serve(
     loaded, tokenizer = load(model, kernel)
     app = create_app(Engine(loaded, tokenizer), Path(model).resolve().name, kernel)
     click.echo(f"CPU host: {model} with kernel {kernel} on http://{host}:{port}/v1 (loaded in {time.time() - started:.1f} s)")
-    uvicorn.run(app, host=host, port=port, log_level=log_level)
+    uvicorn.run(app, host=host, port=port, log_level=log_level, timeout_graceful_shutdown=STOP)
 
 
 @click.command()
@@ -118,6 +120,6 @@ def main(model: str, host: str, port: int, kernel: str | None) -> None:
 
 if __name__ == "__main__":
     try:
-        main(standalone_mode=False)
+        main()
     except Refusal as refusal:
         sys.exit(f"cpu host: {refusal}")

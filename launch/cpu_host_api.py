@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import lru_cache
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from jinja2 import TemplateError, meta
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from hopper_moe.launch.cpu_host_engine import Completion, Engine, Request
 
 END_THINK = "</think>"
 START_THINK = "<think>"
+MIN_TEMPERATURE = 1e-5  # logits divided by less may overflow, and one such row would fail its whole batch
 
 # OpenAI and SGLang fields that would change the answer and are not implemented; only their neutral values pass.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -44,14 +50,28 @@ class TextBody(BaseModel):
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_tiny(cls, value: float | None) -> float | None:
+        if value and value < MIN_TEMPERATURE:
+            raise PydanticCustomError("temperature", f"{value} is too small: give 0 or at least {MIN_TEMPERATURE}")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if "" in ([value] if isinstance(value, str) else value or []):
+            raise PydanticCustomError("stop", "an empty string would stop every answer: leave it out")
+        return value
 
     def check_model(self, served: str) -> None:
         if self.model is not None and self.model != served:
@@ -70,7 +90,7 @@ class CompletionBody(TextBody):
     prompt: str | list[int]
 
     def prompt_ids(self, tokenizer) -> list[int]:
-        return tokenizer(self.prompt, add_special_tokens=False).input_ids if isinstance(self.prompt, str) else self.prompt
+        return _tokens(tokenizer, self.prompt) if isinstance(self.prompt, str) else self.prompt
 
 
 class ChatBody(TextBody):
@@ -89,18 +109,43 @@ class ChatBody(TextBody):
             raise BadRequest("this checkpoint's tokenizer has no chat template: use /v1/completions with the whole prompt.")
         options = self.chat_template_kwargs or {}
         for key in options:
-            if key not in template:
+            if key not in _template_options(template) or key in _reserved(tokenizer):
                 raise BadRequest(f"chat_template_kwargs {key!r} has no meaning to this model's chat template: leave it out.")
         messages = [{"role": m.get("role"), "content": _plain_text(m.get("content"))} for m in self.messages]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-        return tokenizer(text, add_special_tokens=False).input_ids
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+        except TemplateError as error:
+            raise BadRequest(f"this model's chat template refuses these messages: {error}") from error
+        return _tokens(tokenizer, text)
+
+
+def _tokens(tokenizer, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"the prompt holds half a surrogate pair at character {error.start}: leave it out.") from error
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@lru_cache
+def _template_options(template: str) -> frozenset[str]:
+    """Names that the template reads and that somebody has to give it."""
+    environment = _compile_jinja_template(template).environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)) - set(environment.globals))
+
+
+def _reserved(tokenizer) -> set[str]:
+    """Names that are not a client's to set: the messages, what `apply_chat_template` takes itself, the special tokens."""
+    return {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters, *tokenizer.special_tokens_map}
 
 
 def _plain_text(content: Any) -> str:
     """Message content as text: a string, or a list of OpenAI text parts."""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+    if isinstance(content, list) and all(
+        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
+    ):
         return "".join(p["text"] for p in content)
     raise BadRequest("message content must be a string or text parts: this host serves text only.")
 

@@ -76,14 +76,20 @@ class Engine:
             del pending[length]
             if rest:
                 pending[length] = rest  # to the back
-            try:
-                done = self.generate([request for request, _ in batch])
-            except Exception as error:  # the server must outlive one bad batch; the requests report it
-                for _, future in batch:
-                    future.set_exception(error)
-            else:
-                for (_, future), completion in zip(batch, done, strict=True):
-                    future.set_result(completion)
+            # Whoever asked may be gone; from here on nobody can cancel, so that setting a result cannot fail.
+            batch = [(request, future) for request, future in batch if future.set_running_or_notify_cancel()]
+            if batch:
+                self._answer(batch)
+
+    def _answer(self, batch: list[tuple[Request, Future[Completion]]]) -> None:
+        try:
+            done = self.generate([request for request, _ in batch])
+        except Exception as error:  # the server must outlive one bad batch; the requests report it
+            for _, future in batch:
+                future.set_exception(error)
+        else:
+            for (_, future), completion in zip(batch, done, strict=True):
+                future.set_result(completion)
 
     @staticmethod
     def _accept(pending, item: tuple[Request, Future[Completion]]) -> None:
@@ -136,5 +142,7 @@ def choose_token(logits: torch.Tensor, request: Request, generator: torch.Genera
         probabilities[request.top_k :] = 0
     probabilities[probabilities < request.min_p * probabilities[0]] = 0
     probabilities /= probabilities.sum()
-    probabilities[probabilities.cumsum(-1) - probabilities >= request.top_p] = 0  # keeps the token that crosses top_p
+    dropped = probabilities.cumsum(-1) - probabilities >= request.top_p  # keeps the token that crosses top_p
+    dropped[0] = False  # a top_p below float32's smallest number reads as 0 here
+    probabilities[dropped] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from packaging.version import Version
 
 from hopper_moe.kernels import jit
 from hopper_moe.launch.machine import GIB, HOPPER, Machine
+from hopper_moe.moe_backends import seams
 from hopper_moe.moe_backends.env import Settings
 from hopper_moe.moe_backends.errors import Refusal
 
@@ -79,9 +79,9 @@ def peers(machine: Machine) -> list[Finding]:
 def compiler(machine: Machine) -> Finding:
     try:
         path = jit.find_nvcc()
+        said = jit.toolkit(path)
     except Refusal as refusal:
         return Finding(FAIL if machine.is_hopper else NOTE, "compiler", str(refusal))
-    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", said)
     if release is None:
         return Finding(
@@ -100,7 +100,7 @@ def compiled() -> list[Finding]:
     """Which kernel libraries the cache holds, for exactly these sources, flags and compiler."""
     try:
         paths = {name: jit.library_path(library) for name, library in jit.LIBRARIES.items()}
-    except (Refusal, ImportError):  # no compiler or no tvm-ffi: the lines above say so
+    except (Refusal, ImportError):  # no compiler that works or no tvm-ffi: the lines above say so
         return []
     return [
         Finding(OK, "kernels", f"{name} is {'compiled' if path.exists() else 'not compiled yet: happens once, at first use'}")
@@ -113,17 +113,15 @@ def sglang() -> list[Finding]:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         return [Finding(NOTE, "sglang", "not installed: pip install 'sglang-hopper-moe[sglang]' to serve on a Hopper GPU")]
-    return [_ranged("sglang", version, Version(version)), _seams()]
+    table = seams.pinned_version(version)
+    if table is None:
+        supported = " or ".join(seams.VERSIONS)
+        return [Finding(FAIL, "sglang", f"{version} is not supported by hopper_moe: install sglang=={supported}")]
+    return [_ranged("sglang", version, Version(version)), _seams(table)]
 
 
-def _seams() -> Finding:
-    """Whether every place in the installed SGLang that the plugin hooks into looks as it did when we tested it."""
-    from hopper_moe.moe_backends import compat, seams
-
-    try:
-        table = compat.table_version()
-    except Refusal as refusal:
-        return Finding(FAIL, "sglang", str(refusal))
+def _seams(table: str) -> Finding:
+    """Whether every place in the installed SGLang that the plugin hooks into looks as it did when we tested version `table`."""
     places = {**seams.LAUNCHER[table], **seams.WORKER[table]}
     with warnings.catch_warnings():  # SGLang's modules warn about GPUs that this check does not need
         warnings.simplefilter("ignore")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hopper_moe.kernels.tile_table import table_for
 from hopper_moe.launch.machine import GIB, HOPPER, Machine
@@ -53,13 +53,20 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
         f"intermediate {facts.intermediate_size}, {facts.num_experts} experts, top {facts.top_k}, "
         f"{facts.expert_dtype} experts, swiglu_limit {facts.swiglu_limit}",
         f"kernel   {choice.spec.name}: {choice.reason}",
-        f"ranks    tensor parallel {plan.tp_size}, expert parallel {shape.ep_size}",
+        _ranks_line(plan, shape),
     ]
     if not refusals:
-        expert_bytes = expert_bytes_per_rank(facts, shape.ep_size, shape.intermediate_size, shape.expert_dtype)
+        largest_stage = replace(facts, num_moe_layers=-(-facts.num_moe_layers // plan.pp_size))
+        expert_bytes = expert_bytes_per_rank(largest_stage, shape.ep_size, shape.intermediate_size, shape.expert_dtype)
         lines.append(f"memory   {expert_bytes / GIB:.2f} GiB of packed expert weights per rank")
         refusals += _memory_refusals(plan, machine, expert_bytes)
     return Report(choice, tuple(lines), tuple(refusals), shape, _exchanges(plan, choice))
+
+
+def _ranks_line(plan: LaunchPlan, shape: LayerShape) -> str:
+    line = f"ranks    tensor parallel {plan.tp_size}, expert parallel {shape.ep_size}"
+    more = (("pipeline stages", plan.pp_size), ("replicas", plan.dp_size))
+    return line + "".join(f", {name} {size}" for name, size in more if size > 1)
 
 
 def workspace_line(report: Report, settings: Settings) -> str | None:
@@ -131,12 +138,14 @@ def _rank_shape(plan: LaunchPlan, facts: ModelFacts, choice: Choice, settings: S
 def _gpu_refusals(plan: LaunchPlan, machine: Machine, choice: Choice) -> list[str]:
     if choice.spec.capability is None and not machine.gpus:
         return []
-    if plan.tp_size > len(machine.gpus):
+    if plan.num_gpus > len(machine.gpus):
+        given = [("--tp-size", plan.tp_size), ("--pp-size", plan.pp_size), ("--dp-size", plan.dp_size)]
+        sizes = " x ".join(f"{flag} {size}" for flag, size in given if size > 1)
         return [
-            f"--tp-size {plan.tp_size} needs {plan.tp_size} GPUs, but {len(machine.gpus)} are visible: "
-            "lower it or set CUDA_VISIBLE_DEVICES."
+            f"{sizes} needs {plan.num_gpus} GPUs, but {len(machine.gpus)} are visible: "
+            "use fewer or set CUDA_VISIBLE_DEVICES."
         ]
-    used = machine.gpus[: plan.tp_size]
+    used = machine.gpus[: plan.num_gpus]
     others = [
         f"GPU {gpu.index} ({gpu.name}, {gpu.capability[0]}.{gpu.capability[1]})" for gpu in used if gpu.capability != HOPPER
     ]
@@ -145,7 +154,7 @@ def _gpu_refusals(plan: LaunchPlan, machine: Machine, choice: Choice) -> list[st
         refusals.append(
             f"{choice.spec.name} needs Hopper GPUs only, but there is {', '.join(others)}: hide it with CUDA_VISIBLE_DEVICES."
         )
-    blocked = [pair for pair in machine.blocked_peers if max(pair) < plan.tp_size]
+    blocked = [(i, j) for i, j in machine.blocked_peers if max(i, j) < plan.num_gpus and i // plan.tp_size == j // plan.tp_size]
     if _exchanges(plan, choice) and blocked:
         pairs = ", ".join(f"{i}->{j}" for i, j in blocked)
         refusals.append(
@@ -176,9 +185,9 @@ def _capacity_refusals(plan: LaunchPlan, settings: Settings) -> list[str]:
 
 
 def _memory_refusals(plan: LaunchPlan, machine: Machine, expert_bytes: int) -> list[str]:
-    short = [gpu for gpu in machine.gpus[: plan.tp_size] if expert_bytes + RESERVE_BYTES > gpu.free_bytes]
+    short = [gpu for gpu in machine.gpus[: plan.num_gpus] if expert_bytes + RESERVE_BYTES > gpu.free_bytes]
     return [
         f"GPU {gpu.index} has {gpu.free_bytes / GIB:.1f} GiB free, but the experts alone need {expert_bytes / GIB:.1f} GiB and "
-        f"{RESERVE_BYTES // GIB} GiB must stay free: use more GPUs (--tp-size) or end what runs there."
+        f"{RESERVE_BYTES // GIB} GiB must stay free: use more GPUs (--tp-size, --pp-size) or end what runs there."
         for gpu in short
     ]

@@ -19,6 +19,8 @@ class LaunchPlan:
     tp_size: int = 1
     ep_size: int = 1
     attn_dp_size: int = 1
+    pp_size: int = 1
+    dp_size: int = 1  # replicas of the whole model; attention data parallelism is none
     moe_a2a_backend: str = "none"
     chunked_prefill_size: int | None = None
     device: str | None = None
@@ -26,9 +28,15 @@ class LaunchPlan:
     port: int = 30000
     sglang_args: tuple[str, ...] = ()
 
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of all replicas. SGLang numbers them group by group: `tp_size` neighbours hold one stage of one replica."""
+        return self.tp_size * self.pp_size * self.dp_size
+
     def on_one_process(self) -> LaunchPlan:
         """The same launch on the embedded CPU host: one rank, no prefill chunks."""
-        return replace(self, tp_size=1, ep_size=1, attn_dp_size=1, moe_a2a_backend="none", chunked_prefill_size=None)
+        one_rank = dict.fromkeys(("tp_size", "ep_size", "attn_dp_size", "pp_size", "dp_size"), 1)
+        return replace(self, **one_rank, moe_a2a_backend="none", chunked_prefill_size=None)
 
     def not_for_cpu(self) -> list[str]:
         """Arguments of this launch that mean nothing to the embedded CPU host."""
@@ -57,6 +65,7 @@ def _parser() -> _Parser:
     parser.add_argument("--model-path", "--model")
     parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=_whole(1, 1024), default=1)
     parser.add_argument("--ep-size", "--expert-parallel-size", "--ep", type=_whole(1, 1024))
+    parser.add_argument("--pp-size", "--pipeline-parallel-size", type=_whole(1, 1024), default=1)
     parser.add_argument("--dp-size", "--data-parallel-size", "--dp", type=_whole(1, 1024), default=1)
     parser.add_argument("--attn-dp-size", "--attention-data-parallel-size", type=_whole(1, 1024), default=1)
     parser.add_argument("--enable-dp-attention", action="store_true")
@@ -68,7 +77,7 @@ def _parser() -> _Parser:
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=_whole(1, 65535), default=30000)
-    for field, flag, _ in UNSUPPORTED:  # some take values; that they are there is all that counts
+    for field, flag, _ in UNSUPPORTED:  # bare flags, or values of any kind
         parser.add_argument(flag, dest=field, nargs="*")
     return parser
 
@@ -91,15 +100,15 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
     if read.nnodes > 1:
         problems.append(
             f"--nnodes {read.nnodes} needs a network between GPUs: this kernel works inside one node, "
-            "use data or pipeline parallelism across nodes."
+            "start a server of its own on each."
         )
     for field, flag, reason in UNSUPPORTED:
-        if getattr(read, field) is not None:
+        if getattr(read, field) not in (None, ["0"]):  # 0 switches off what takes a size, as the plugin reads it
             problems.append(f"{flag} cannot run with --moe-runner-backend {BACKEND}, {reason}: leave it out.")
     ep_size = read.ep_size if read.ep_size is not None else 1
     if read.tp_size % ep_size:
         problems.append(f"--ep-size {ep_size} does not divide --tp-size {read.tp_size}: use {read.tp_size} or leave it out.")
-    attn_dp = max(read.attn_dp_size, read.dp_size if read.enable_dp_attention else 1)
+    attn_dp, replicas = _data_parallel(read)
     if read.tp_size % attn_dp:
         problems.append(f"{attn_dp} attention data-parallel ranks do not divide --tp-size {read.tp_size}: use a divisor.")
     chunk = read.chunked_prefill_size
@@ -111,6 +120,8 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
         tp_size=read.tp_size,
         ep_size=ep_size,
         attn_dp_size=attn_dp,
+        pp_size=read.pp_size,
+        dp_size=replicas,
         moe_a2a_backend=read.moe_a2a_backend,
         chunked_prefill_size=per_rank,
         device=read.device,
@@ -119,3 +130,10 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
         sglang_args=tuple(arguments),
     )
     return plan, problems
+
+
+def _data_parallel(read: argparse.Namespace) -> tuple[int, int]:
+    """(attention data-parallel ranks, replicas of the model). The older --enable-dp-attention makes the former of --dp-size."""
+    if read.enable_dp_attention and read.attn_dp_size == 1:
+        return read.dp_size, 1
+    return read.attn_dp_size, read.dp_size

@@ -106,7 +106,8 @@ def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) ->
             raise Refusal(f"{flag} {value} copies or moves expert weights behind the kernel's back: drop it.")
     if args.load_format == "dummy":
         raise Refusal(
-            "--load-format dummy makes up FP4 scales that mean nothing: give a checkpoint (`hopper-moe demo` writes a small one)."
+            "--load-format dummy makes up FP4 scales that mean nothing: drop it and give a checkpoint, such as "
+            "eval/data/gpu_dsv4 of this package."
         )
     if args.quantization not in (None, "fp8"):
         raise Refusal(

@@ -1,12 +1,13 @@
 """`hopper-moe eval` against a stub endpoint: kills and resumption, errors, retries, refusals. The process under test is real."""
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from stub_server import Stub, write_questions
 
 from hopper_moe.eval.benchmark_cli import run_benchmark
 from hopper_moe.eval.cli import main
+from hopper_moe.eval.journal import RunLock
+from hopper_moe.eval.paired import load_run
+from hopper_moe.eval.sampler import Sampler
+from hopper_moe.eval.serving import fingerprint
 from hopper_moe.moe_backends.errors import Refusal
 
 QUESTIONS, REPEATS = 40, 3
@@ -51,21 +56,23 @@ def test_killed_at_any_point_and_resumed_gives_the_same_numbers(tmp_path: Path, 
         assert run(*arguments(stub, tmp_path, tmp_path / "whole", "--n-repeats", str(REPEATS))).exit_code == 0
     whole = numbers(tmp_path / "whole")
     assert 0.5 < whole["metrics"]["pass@1"] < 1
-    with Stub(delay=0.02) as stub:
+    with Stub(silent_after=0) as stub:
         out = tmp_path / "killed"
         args = arguments(stub, tmp_path, out, "--n-repeats", str(REPEATS), "--concurrency", "4")
         command = [sys.executable, "-c", f"from hopper_moe.eval.cli import main; main({args!r})"]
         finished = [0]
-        for _ in range(3):  # three SIGKILLs at random points, each after some new answers
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(3):  # three SIGKILLs at random points, each after some new answers, behind which the server is silent
             goal = finished[-1] + r.randint(1, 30)
+            stub.silent_after = stub.requests + goal - finished[-1]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             while journal_lines(out) < goal and process.poll() is None:
                 time.sleep(0.005)
             process.send_signal(signal.SIGKILL)
             process.wait()
             finished.append(journal_lines(out))
-        assert finished[-1] < QUESTIONS * REPEATS, "the kills came too late to test anything"
+        assert 0 < finished[1] < finished[2] < finished[3] < QUESTIONS * REPEATS, "three kills in the middle"
         recorded = journal_keys(out)
+        stub.speak()
         asked_before = len(stub.bodies)
         assert run(*args).exit_code == 0
         asked_after = [(b["messages"][-1]["content"], b["seed"]) for b in stub.bodies[asked_before:]]
@@ -143,10 +150,9 @@ def test_passing_errors_are_tried_again_and_counted(tmp_path: Path) -> None:
 
 def test_server_that_never_answers_ends_the_run_early(tmp_path: Path) -> None:
     with Stub(fail_share=1.0) as stub:
-        started = time.time()
-        result = run(*arguments(stub, tmp_path, tmp_path / "run"))
+        result = run(*arguments(stub, tmp_path, tmp_path / "run", "--concurrency", "4"))
         assert result.exit_code == 4
-        assert time.time() - started < 20
+        assert stub.requests < 30, "gives up after 20, and what is in flight then"
         assert not (tmp_path / "run" / "metrics.json").exists()
 
 
@@ -175,8 +181,12 @@ def test_truncated_answers_are_counted(tmp_path: Path) -> None:
     assert metrics["no_answer"] == pytest.approx(metrics["truncated_rate"])
 
 
-@pytest.mark.parametrize("silent", [False, True], ids=["answering", "silent"])
-def test_interrupt_ends_at_once_keeps_answers_and_says_how_to_go_on(tmp_path: Path, silent: bool) -> None:
+@pytest.mark.parametrize(
+    ("silent", "number"),
+    [(False, signal.SIGINT), (True, signal.SIGINT), (True, signal.SIGTERM)],
+    ids=["answering", "silent", "term"],
+)
+def test_interrupt_ends_at_once_keeps_answers_and_says_how_to_go_on(tmp_path: Path, silent: bool, number: int) -> None:
     """Also while the server is busy for hours with what it was asked: nobody waits for that after Ctrl-C."""
     with Stub(delay=0.05, silent_after=5 if silent else None) as stub:
         out = tmp_path / "run"
@@ -190,9 +200,9 @@ def test_interrupt_ends_at_once_keeps_answers_and_says_how_to_go_on(tmp_path: Pa
             text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        while journal_lines(out) < 5 or (silent and stub.requests < 7):
+        while process.poll() is None and (journal_lines(out) < 5 or (silent and stub.requests < 7)):
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "the same command carries on" in errors
@@ -247,10 +257,85 @@ def test_bad_question_files_are_refused_before_anything_is_asked(tmp_path: Path,
         assert stub.requests == 0
 
 
+def test_other_checkpoint_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    write_questions(tmp_path / "q.jsonl", 3)
+    how = {"out": tmp_path / "run", "data": tmp_path / "q.jsonl", "recorded_url": "own"}
+    prints = []
+    for parent, content in (("a", "1"), ("b", "1"), ("b", "22")):
+        (tmp_path / parent / "ckpt").mkdir(parents=True, exist_ok=True)
+        (tmp_path / parent / "ckpt" / "model.safetensors").write_text(content)
+        prints.append(fingerprint(str(tmp_path / parent / "ckpt")))
+    assert len(set(prints)) == 3
+    with Stub() as stub:
+        assert run_benchmark("gsm8k", stub.url, checkpoint=prints[0], **how)[0] == 0
+        with pytest.raises(Refusal, match="holds a run with checkpoint="):
+            run_benchmark("gsm8k", stub.url, checkpoint=prints[1], **how)
+
+
+def test_fresh_takes_nothing_from_a_run_that_writes(tmp_path: Path) -> None:
+    with Stub() as stub:
+        args = arguments(stub, tmp_path, tmp_path / "run")
+        assert run(*args).exit_code == 0
+        before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        with closing(RunLock(tmp_path / "run")), pytest.raises(Refusal, match="another run is writing here"):
+            run(*args, "--fresh")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_damaged_runs_are_refused_and_line_separators_are_no_damage(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with Stub() as stub:
+        args = arguments(stub, tmp_path, out)
+        assert run(*args).exit_code == 0
+        lines = (out / "records.jsonl").read_text().split("\n")
+        lines[3] = json.dumps({**json.loads(lines[3]), "generation": "one\u2028two\u0085three"}, ensure_ascii=False)
+        (out / "records.jsonl").write_text("\n".join(lines))
+        assert len(load_run(out).ids) == QUESTIONS
+        for content, complaint in (
+            ("\n".join(lines[:-2]) + "\n", f"holds {QUESTIONS - 1} answers, not {QUESTIONS} x 1"),
+            ("{", "damaged"),
+        ):
+            (out / "records.jsonl").write_text(content)
+            with pytest.raises(Refusal, match=complaint):
+                load_run(out)
+        (out / "answers.jsonl").write_text('{"no": 1}\n')
+        with pytest.raises(Refusal, match="line 1, is no answer of ours"):
+            run(*args)
+        (out / "settings.json").write_text("{")
+        with pytest.raises(Refusal, match=r"settings.json is damaged"):
+            run(*args)
+
+
+def test_second_signal_inside_the_first_is_harmless(tmp_path: Path) -> None:
+    with Stub() as stub:
+        sampler = Sampler(stub.url, None, "EMPTY", 1)
+
+        class Event(threading.Event):
+            def set(self) -> None:
+                with self._cond:  # where a second Ctrl-C may come
+                    sampler.abort()
+                super().set()
+
+        sampler._abort_event = Event()
+        thread = threading.Thread(target=sampler.abort, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive() and sampler.aborted
+
+
+def test_no_number_is_no_number(tmp_path: Path) -> None:
+    with Stub() as stub:
+        for option in ("--temperature", "--top-p", "--allow-errors"):
+            result = run(*arguments(stub, tmp_path, tmp_path / "run", option, "nan"))
+            assert result.exit_code == 2 and "not a finite number" in result.output
+
+
 def test_absent_server_is_refused(tmp_path: Path) -> None:
     write_questions(tmp_path / "data.jsonl", 2)
     with pytest.raises(Refusal, match="does not answer /models"):
         run("gsm8k", "--base-url", "http://127.0.0.1:9/v1", "--data", str(tmp_path / "data.jsonl"))
+    with pytest.raises(Refusal, match="does not answer /models"):
+        run("gsm8k", "--base-url", "http://127.0.0.1:9/v1", "--data", str(tmp_path / "data.jsonl"), "--model", "x")
 
 
 def test_kill_before_the_first_question_can_be_resumed(tmp_path: Path) -> None:

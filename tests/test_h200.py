@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from click.testing import CliRunner
 from stub_server import Stub
 
 from hopper_moe.eval.serving import free_port
-from hopper_moe.launch.h200 import breakdown, compare, report, serve, soak
+from hopper_moe.launch.h200 import bench, breakdown, compare, report, serve, server, soak
 from hopper_moe.launch.h200.bench import decode_pace, first_round, loads
 from hopper_moe.launch.h200.random_checkpoint import mtp_shapes, random_state, tensor_shapes
 from hopper_moe.launch.h200.server import log_facts, serving
@@ -68,21 +72,101 @@ def test_a_server_that_ends_is_reported_with_its_words(tmp_path):
     assert child_is_gone(log)
 
 
-def test_serve_gives_up_and_says_what_the_server_said(tmp_path):
-    """The command line end to end, without a GPU: SGLang cannot start with this."""
-    command = [
-        "--log",
-        str(tmp_path / "log"),
-        "--ready-timeout",
-        "1",
-        "--port",
-        str(free_port()),
-        "/no/such/model",
-        "--",
-        "--nope",
-    ]
-    result = CliRunner().invoke(serve.main, command)
-    assert result.exit_code == 2 and "serve: the server" in result.output
+def test_a_port_that_another_server_has_is_refused(tmp_path):
+    """That one answers /health as ours would."""
+    with Stub() as stub, pytest.raises(Refusal, match=r"port \d+ of 127.0.0.1 cannot be used"):
+        with serving("model", port=stub.server.server_address[1], log=tmp_path / "log", launcher=LAUNCHER):
+            pass
+
+
+def test_a_server_that_ended_is_not_ready_whoever_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "_is_healthy", lambda url: True)
+    launcher = (sys.executable, "-c", "raise SystemExit('no memory')")
+    started = server.start("model", port=free_port(), log=tmp_path / "log", launcher=launcher)
+    started.process.wait()
+    with pytest.raises(Refusal, match="(?s)ended with code 1.*no memory"):
+        server.wait_until_ready(started)
+
+
+@pytest.fixture
+def sglang(tmp_path, monkeypatch):
+    """A function that puts a program in the place of SGLang's server. SIGTERM is as before afterwards."""
+
+    def put(program: str) -> None:
+        (tmp_path / "sglang").mkdir()
+        (tmp_path / "sglang" / "__init__.py").touch()
+        (tmp_path / "sglang" / "launch_server.py").write_text(program)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield put
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_serve_gives_up_and_says_what_the_server_said(tmp_path, sglang):
+    """The command line end to end."""
+    sglang("import sys; sys.exit(f'{sys.argv[1:3]} is not my kind')")
+    options = ["--log", str(tmp_path / "log"), "--ready-timeout", "60", "--port", str(free_port())]
+    result = CliRunner().invoke(serve.main, [*options, "/no/such/model", "--", "--nope"])
+    assert result.exit_code == 2 and result.output.startswith("serve: the server ended with code 1; ")
+    assert result.output.endswith("ends with:\n['--model-path', '/no/such/model'] is not my kind\n")
+
+
+def wait_for(found: Callable[[], bool]) -> None:
+    for _ in range(300):
+        if found():
+            return
+        time.sleep(0.1)
+    raise AssertionError("did not happen within 30 s")
+
+
+@pytest.mark.parametrize("stagger", [[], ["--stagger", "0.1"]])
+def test_a_benchmark_that_is_ended_leaves_no_server_behind(tmp_path, sglang, stagger):
+    sglang("import os, time; print(os.getpid(), flush=True); time.sleep(1000)")
+    program = f"from hopper_moe.launch.h200 import bench; bench.FIRST_PORT = {free_port()}; bench.main()"
+    command = [sys.executable, "-c", program, "model", "--backends", "a,b", "--out", str(tmp_path), *stagger]
+    logs = [tmp_path / f"server-{backend}.log" for backend in ("ab" if stagger else "a")]
+    process = subprocess.Popen(command)
+    try:
+        wait_for(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
+        process.terminate()
+        assert process.wait(30) == 143
+        for log in logs:
+            assert not Path(f"/proc/{log.read_text().strip()}").exists()
+    finally:
+        process.kill()
+        for log in logs:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(log.read_text()), signal.SIGKILL)
+
+
+def test_a_server_that_does_not_start_costs_the_benchmark_its_backend_only(tmp_path, sglang, monkeypatch):
+    sglang(FAKE.replace('"--crash" in sys.argv', 'sys.argv[4] == "bad"'))
+    monkeypatch.setattr(bench, "FIRST_PORT", free_port())
+    with contextlib.ExitStack() as stack:
+        servers, problems = bench.start_all(stack, "model", ["good", "bad"], tmp_path, None, [])
+        assert list(servers) == ["good"] and servers["good"].is_alive()
+        assert len(problems) == 1 and problems[0].startswith("bad: the server ended") and "out of memory" in problems[0]
+    assert not servers["good"].is_alive()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        (soak.main, ["URL", "--out", "OUT"], "URL/generate does not answer"),
+        (compare.main, ["ask", "URL", "OUT"], "URL/generate does not answer"),
+        (breakdown.main, ["URL", "--concurrency", "1", "--out", "OUT"], "URL/start_profile does not answer"),
+        (report.main, ["FOLDER"], "lacks serving.jsonl or servers.json"),
+        (bench.main, ["model", "--concurrency", "x", "--out", "OUT"], "--concurrency 'x' is not a list of positive numbers"),
+        (bench.main, ["model", "--concurrency", "8,0", "--out", "OUT"], "--concurrency '8,0' is not a list of positive numbers"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(tmp_path, sglang, command, arguments, said):
+    url = f"http://127.0.0.1:{free_port()}"
+    places = {"URL": url, "OUT": str(tmp_path / "out"), "FOLDER": str(tmp_path)}
+    result = CliRunner().invoke(command, [places.get(argument, argument) for argument in arguments])
+    assert result.exit_code == 2 and said.replace("URL", url) in result.output
+    assert len(result.output.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 LOG = """

@@ -14,9 +14,13 @@ from click.testing import CliRunner
 
 from hopper_moe.kernels import jit, mega_moe
 from hopper_moe.kernels.build import buildable, main
+from hopper_moe.launch import doctor_checks
+from hopper_moe.launch.cli import main as hopper_moe
+from hopper_moe.launch.machine import Machine
 from hopper_moe.moe_backends import startup
 from hopper_moe.moe_backends.base import ExpertShard
 from hopper_moe.moe_backends.env import settings
+from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import REGISTRY
 from hopper_moe.quantization import layout
 
@@ -101,9 +105,36 @@ def test_the_key_depends_on_sources_flags_and_layout(sources, monkeypatch):
 def test_a_broken_source_says_why_and_leaves_nothing(sources):
     (sources / "bindings.cu").write_text("int broken() { return no_such_name; }\n")
     for compile_it in (jit.build, jit.compile_report):
-        with pytest.raises(RuntimeError, match="no_such_name"):
+        with pytest.raises(Refusal, match="could not compile bindings.cu .*no_such_name"):
             compile_it("mega_moe")
     assert list(settings().cache_dir.iterdir()) == []
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path, monkeypatch) -> Path:
+    """An nvcc, first on PATH, that fails whatever it is asked."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho first words >&2\necho libcicc.so is missing >&2\nexit 3\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{nvcc.parent}:{os.environ['PATH']}")
+    return nvcc
+
+
+@pytest.mark.parametrize("command", [("list",), ("build", "mega_moe")])
+def test_commands_say_in_one_line_that_the_compiler_is_broken(command, broken_nvcc):
+    done = CliRunner().invoke(hopper_moe, ["kernels", *command])
+    assert done.exit_code == 2, done.exception
+    line = done.stderr.splitlines()[-1]
+    assert f"`{broken_nvcc} --version` failed" in line and "exit code 3" in line and "libcicc.so is missing" in line
+    assert doctor_checks.compiled() == [] and "libcicc.so" in doctor_checks.compiler(Machine()).text
+
+
+def test_build_says_in_one_line_that_a_source_does_not_compile(sources):
+    (sources / "bindings.cu").write_text("int broken() { return no_such_name; }\n")
+    done = CliRunner().invoke(hopper_moe, ["kernels", "build", "mega_moe"])
+    assert done.exit_code == 2, done.exception
+    assert "could not compile bindings.cu" in done.stderr.splitlines()[-1] and "no_such_name" in done.stderr.splitlines()[-1]
 
 
 def test_commands_compile_once_and_say_where(sources):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ from hopper_moe.moe_backends.registry import REGISTRY
 from hopper_moe.quantization.checkpoint import write_checkpoint
 
 FLASH = ModelFacts("DeepseekV4ForCausalLM", 4096, 2048, 256, 6, 43, 10.0, "fp4")
+PRO = ModelFacts("DeepseekV4ForCausalLM", 7168, 3072, 384, 6, 61, 10.0, "fp4")
 H200 = Gpu(0, "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB, 132, 18)
 EIGHT = Machine(tuple(replace(H200, index=index) for index in range(8)), driver="580.65")
 COMMAND = Path(sys.executable).with_name("hopper-moe")
@@ -71,6 +73,50 @@ def test_preflight_on_eight_h200():
     assert "mxfp4_mega: the fastest at 8 of 8 batch sizes of 1 to 128 tokens" in kernel and "before w4a16" in kernel
     assert f"memory   {43 * 32 * 13377536 / GIB:.2f} GiB of packed expert weights per rank" in report.lines
     assert "ranks    tensor parallel 8, expert parallel 8" in report.lines
+
+
+@pytest.mark.parametrize(
+    "arguments, sizes",
+    [
+        (["--tp", "4", "--dp", "2"], "--tp-size 4 x --dp-size 2"),
+        (["--tp", "4", "--pp-size", "2"], "--tp-size 4 x --pp-size 2"),
+        (["--tp", "4", "--pipeline-parallel-size", "2"], "--tp-size 4 x --pp-size 2"),
+    ],
+)
+def test_stages_and_replicas_take_gpus_of_their_own(arguments, sizes):
+    four = replace(EIGHT, gpus=EIGHT.gpus[:4])
+    (said,) = _report([*arguments, "--ep", "4"], machine=four).refusals
+    assert f"{sizes} needs 8 GPUs, but 4 are visible" in said
+    assert _report([*arguments, "--ep", "4"]).refusals == ()
+
+
+@pytest.mark.parametrize("arguments", [["--dp-size", "4", "--enable-dp-attention"], ["--attn-dp-size", "4"]])
+def test_attention_data_parallelism_takes_no_gpus(arguments):
+    four = replace(EIGHT, gpus=EIGHT.gpus[:4])
+    assert _report(["--tp", "4", *arguments], machine=four).refusals == ()
+
+
+def test_a_pipeline_stage_holds_its_own_layers_only():
+    machine = replace(EIGHT, gpus=tuple(replace(gpu, free_bytes=138 * GIB) for gpu in EIGHT.gpus))
+    report = _report(["--tp", "4", "--pp-size", "2", "--ep", "4"], machine=machine, facts=PRO)
+    assert report.refusals == ()
+    assert "ranks    tensor parallel 4, expert parallel 4, pipeline stages 2" in report.lines
+    stage = expert_bytes_per_rank(replace(PRO, num_moe_layers=31), 4, 3072)  # 61 layers: 30 and 31
+    assert f"memory   {stage / GIB:.2f} GiB of packed expert weights per rank" in report.lines
+    assert any("GiB must stay free" in said for said in _report(["--tp", "4", "--ep", "4"], machine=machine, facts=PRO).refusals)
+
+
+def test_stages_and_replicas_exchange_no_tokens_with_each_other():
+    arguments = ["--tp", "4", "--attn-dp-size", "4", "--pp-size", "2"]
+    assert _report(arguments, machine=replace(EIGHT, blocked_peers=((0, 4), (4, 0)))).refusals == ()
+    (said,) = _report(arguments, machine=replace(EIGHT, blocked_peers=((4, 7), (7, 4)))).refusals
+    assert "GPUs 4->7, 7->4 cannot address each other's memory" in said
+
+
+def test_no_offload_at_all_is_no_offload():
+    assert sglang_args.parse("model", ["--cpu-offload-gb", "0"])[1] == []
+    for arguments in (["--cpu-offload-gb", "8"], ["--cpu-offload-gb=8"], ["--enable-lora"]):
+        assert "leave it out" in sglang_args.parse("model", arguments)[1][0]
 
 
 def test_a_layer_that_the_fused_kernel_cannot_hold_goes_to_the_next_one_unless_it_was_named():
@@ -173,6 +219,20 @@ def test_every_command_resolves():
         assert result.exit_code == 0 and "Usage:" in result.output, name
 
 
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "config.json").mkdir()
+    done = CliRunner().invoke(main, ["checkpoint", "inspect", str(tmp_path)])
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.exception
+    assert done.stderr.startswith("hopper-moe: ") and str(tmp_path / "config.json") in done.stderr
+
+    def gone(*_args):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(machines, "detect", gone)
+    piped = CliRunner().invoke(main, ["doctor"])  # `hopper-moe doctor | head -1`: nothing is wrong, nobody listens
+    assert piped.exit_code == 1 and piped.stderr == ""
+
+
 def test_doctor_is_right_on_this_machine(model):
     """The real command on the real machine, stock SGLang included."""
     import torch
@@ -214,6 +274,14 @@ def test_doctor_names_hopper_gpus_and_blocked_peers():
     assert "0->1" in doctor_checks.peers(replace(EIGHT, blocked_peers=((0, 1),)))[0].text
     broken = doctor_checks.gpus(Machine(driver="580.65"))[0]
     assert broken.verdict == "FAIL" and "torch sees no device" in broken.text
+
+
+@pytest.mark.parametrize("version", ["0.5.17.post1", "0.5.20", "0.5.22"])
+def test_doctor_says_that_an_sglang_between_the_supported_ones_is_not(version, monkeypatch):
+    monkeypatch.setattr(doctor_checks.importlib.metadata, "version", lambda name: version)
+    (finding,) = doctor_checks.sglang()
+    assert finding.verdict == "FAIL" and finding.subject == "sglang"
+    assert finding.text.startswith(f"{version} is not supported") and "sglang==0.5.23 or 0.5.17" in finding.text
 
 
 def test_third_party_kernels_check_notices_our_folder(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from hopper_moe.kernels.benchmarks import product_loop
+from hopper_moe.moe_backends.errors import Refusal
 
 SPILLED = re.compile(r"(\d+) bytes spill stores")
 
@@ -22,7 +23,7 @@ def test_its_loops_neither_spill_nor_serialise(weights, tmp_path):
 
 
 def test_sources_that_do_not_compile_are_named(tmp_path):
-    with pytest.raises(RuntimeError, match="could not compile product_loop.cu"):
+    with pytest.raises(Refusal, match="could not compile product_loop.cu"):
         product_loop.compile_to(tmp_path / "loop", "fp4", tmp_path, "-DHM_UNIT_ROWS=63")
 
 

@@ -101,3 +101,11 @@ def test_experts_of_another_layer_are_refused(seed):
     module.num_local_experts = 8
     with pytest.raises(Refusal, match="4 experts of 640 x 384 were packed for a layer of 8 of 640 x 384"):
         create_runner("reference").prepare(packed, shard_of(layer, module, 0))
+
+
+@pytest.mark.parametrize("kernel", ["mxfp4_mega", "fp8_mega"])
+def test_another_group_than_prepared_for_is_refused_by_the_kernels_name(kernel, monkeypatch):
+    runner = create_runner(kernel)
+    monkeypatch.setattr(runner, "_group", None, raising=False)  # as `prepare` without a group leaves it, which takes a GPU
+    with pytest.raises(Refusal, match=f"^{kernel} was prepared for another group"):
+        runner.run_across_ranks(torch.empty(0), torch.empty(0), torch.empty(0), group=object())

@@ -31,7 +31,7 @@ from hopper_moe.eval.benchmarks import DATA
 from hopper_moe.eval.compare_cli import compare_folders
 from hopper_moe.eval.gpu_model import exact_experts
 from hopper_moe.eval.sabotage import sabotaged_checkpoint, sabotages
-from hopper_moe.eval.serving import free_port
+from hopper_moe.eval.serving import fingerprint, free_port
 from hopper_moe.eval.table_of_truth import MARGIN, markdown, plot, write_table
 from hopper_moe.launch.h200.compare import answers, summary
 from hopper_moe.launch.h200.server import Server, serving
@@ -116,12 +116,12 @@ def started(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ..
                 server.result().terminate()
 
 
-def ask(url: str, out: Path, name: str, num_examples: int | None, data: Path, compared: int) -> str:
+def ask(url: str, out: Path, name: str, checkpoint: str, num_examples: int | None, data: Path, compared: int) -> str:
     """All questions to one server, in a process of its own: graders need the main thread. Returns what went wrong, or nothing.
 
     The first `compared` are asked once more, for the log probability of each token.
     """
-    how = {"recorded_url": "own", "concurrency": CONCURRENCY}
+    how = {"recorded_url": "own", "checkpoint": checkpoint, "concurrency": CONCURRENCY}
     status, _ = run_benchmark("word_problems", f"{url}/v1", out=out / name, num_examples=num_examples, data=data, **how)
     if status:
         return f"asking ended with status {status}"
@@ -157,7 +157,7 @@ def ask_all(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ..
                 continue
             started_by_row[row.name] = server
             say(row, f"ready after {server.seconds_to_ready:.0f} s")
-            asked[pool.submit(ask, server.url, out, row.folder, **what)] = row
+            asked[pool.submit(ask, server.url, out, row.folder, fingerprint(str(row.model)), **what)] = row
         for future in as_completed(asked):
             row, error = asked[future], future.exception()
             problem = f"{type(error).__name__}: {error}" if error else future.result()
@@ -187,8 +187,8 @@ def scored(row: Row, out: Path) -> dict[str, Any]:
 
 def texts(folder: Path) -> dict[str, str]:
     """Question id -> answer of a finished run."""
-    records = map(json.loads, (folder / "records.jsonl").read_text().splitlines())
-    return {record["id"]: record["generation"] for record in records}
+    with (folder / "records.jsonl").open(encoding="utf-8") as records:
+        return {record["id"]: record["generation"] for record in map(json.loads, records)}
 
 
 @click.command(help=__doc__)

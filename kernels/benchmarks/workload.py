@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from hopper_moe.kernels.mega_moe import MegaMoE
-from hopper_moe.quantization import layout
 from hopper_moe.quantization.codecs import quantize_mxfp4
 from hopper_moe.quantization.packing import PackedExperts, pack_experts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts, pack_fp8_experts
@@ -101,25 +100,6 @@ def random_fp8_experts(
     hidden, inter = shape.hidden_size, shape.intermediate_size
     w13, w2 = (num_experts, 2 * inter, hidden), (num_experts, hidden, inter)
     return pack_fp8_experts(weight(*w13), scale(*w13), weight(*w2), scale(*w2))
-
-
-def gaussian_fp8_experts(
-    shape: ModelShape, num_experts: int, generator: torch.Generator, device: str = "cuda"
-) -> PackedFp8Experts:
-    """Normal weights of a trained layer's size, rounded to E4M3 block by block as a checkpoint's are: for timing, since the power
-    that a tensor core draws depends on its operands.
-    """
-
-    def matrix(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        blocks = torch.randn(rows // 128, 128, columns // 128, 128, device=device, generator=generator) / columns**0.5
-        scale = blocks.abs().amax((1, 3)) / layout.E4M3_MAX
-        return (blocks / scale[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn), scale
-
-    packed = PackedFp8Experts.empty(num_experts, shape.hidden_size, shape.intermediate_size, device)
-    for expert in range(num_experts):
-        w13, w2 = matrix(2 * shape.intermediate_size, shape.hidden_size), matrix(shape.hidden_size, shape.intermediate_size)
-        packed.store(expert, *w13, *w2)
-    return packed
 
 
 def random_tokens(shape: ModelShape, num_tokens: int, generator: torch.Generator, device: str = "cuda") -> torch.Tensor:

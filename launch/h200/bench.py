@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +27,14 @@ from typing import Any
 
 import click
 
+from hopper_moe.kernels.benchmarks.options import RefusingCommand
 from hopper_moe.launch.h200.load import Load, measure
-from hopper_moe.launch.h200.server import Server, serving
+from hopper_moe.launch.h200.server import Server, start, stop, wait_until_ready
 from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.errors import Refusal
 
 ROUNDS = 2
+FIRST_PORT = 30000
 OWN_FACTS = ("kv_tokens", "workspace_gib", "packed_gib")  # of a log, whatever else runs on the GPU
 PREFILL = Load(concurrency=1, num_prompts=6, input_len=8192, output_len=1)
 FIRST_OUTPUT_LEN = 32  # of the round that is not kept
@@ -41,6 +43,13 @@ FIRST_OUTPUT_LEN = 32  # of the round that is not kept
 def loads(concurrencies: Sequence[int], input_len: int, output_len: int, batches: int | None = None) -> list[Load]:
     """Prompts alone, then `batches` of requests at each concurrency (None: two, four at 1 and 8), in the order given."""
     return [PREFILL, *(Load(c, c * (batches or (4 if c < 32 else 2)), input_len, output_len) for c in concurrencies)]
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The positive numbers of a text such as 8,64."""
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise Refusal(f"{option} {text!r} is not a list of positive numbers: write it as 8,64.")
+    return [int(part) for part in text.split(",")]
 
 
 def first_round(planned: Sequence[Load]) -> list[Load]:
@@ -57,18 +66,40 @@ def start_all(
 
     `stagger`: seconds between starts; None: each when the last is up.
     """
+    pool = ThreadPoolExecutor(len(backends))
+    stack.callback(pool.shutdown)  # after the servers are stopped, which ends every wait
+    waits: dict[str, Future[Server]] = {}
+    problems = []
+    for number, backend in enumerate(backends):
+        if number and stagger:
+            time.sleep(stagger)
+        try:
+            port, log = FIRST_PORT + 100 * number, out / f"server-{backend}.log"
+            server = start(model, backend=backend, port=port, log=log, arguments=arguments)
+        except Refusal as refusal:
+            problems.append(f"{backend}: {refusal}")
+            continue
+        stack.callback(stop, server)  # here and not in a thread: an interrupt finds every server that was started
+        waits[backend] = pool.submit(_ready_or_stopped, server)
+        if stagger is None:
+            wait([waits[backend]])
+    servers = {}
+    for backend, future in waits.items():
+        try:
+            servers[backend] = future.result()
+        except Refusal as refusal:
+            problems.append(f"{backend}: {refusal}")
+    return servers, problems
 
-    def start(number: int, backend: str) -> Server:
-        time.sleep(number * (stagger or 0))
-        return stack.enter_context(
-            serving(model, backend=backend, port=30000 + 100 * number, log=out / f"server-{backend}.log", arguments=arguments)
-        )
 
-    with ThreadPoolExecutor(max_workers=1 if stagger is None else len(backends)) as pool:
-        started = {backend: pool.submit(start, number, backend) for number, backend in enumerate(backends)}
-    return {backend: future.result() for backend, future in started.items() if not isinstance(future.exception(), Refusal)}, [
-        f"{backend}: {future.exception()}" for backend, future in started.items() if isinstance(future.exception(), Refusal)
-    ]
+def _ready_or_stopped(server: Server) -> Server:
+    """A server that does not come up must not keep the memory of the others."""
+    try:
+        wait_until_ready(server)
+    except Refusal:
+        stop(server)
+        raise
+    return server
 
 
 def gpu_gib(server: Server) -> float | None:
@@ -94,7 +125,7 @@ def describe(server: Server, together: bool) -> dict[str, Any]:
     return {"command": server.command, "seconds_to_ready": server.seconds_to_ready, "gpu_gib": gpu_gib(server), **facts}
 
 
-@click.command(help=__doc__)
+@click.command(cls=RefusingCommand, help=__doc__)
 @click.argument("model")
 @click.option("--backends", default=f"{BACKEND},marlin,flashinfer_mxfp4", show_default=True)
 @click.option("--concurrency", default="1,8,32,64,128", show_default=True)
@@ -122,8 +153,8 @@ def main(
     sglang_arguments: tuple[str, ...],
 ) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers stop with us
+    planned = loads(numbers("--concurrency", concurrency), input_len, output_len, batches)
     out.mkdir(parents=True, exist_ok=True)
-    planned = loads([int(c) for c in concurrency.split(",")], input_len, output_len, batches)
     with ExitStack() as stack:
         servers, problems = start_all(stack, model, backends.split(","), out, stagger, sglang_arguments)
         described = {backend: describe(server, together=stagger is not None) for backend, server in servers.items()}

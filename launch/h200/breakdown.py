@@ -8,6 +8,7 @@ Keeps the server busy with `--concurrency` requests, records a few steps on the 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import random
@@ -21,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
+
+from hopper_moe.kernels.benchmarks.options import RefusingCommand
+from hopper_moe.launch.h200.http_calls import post
+from hopper_moe.moe_backends.errors import Refusal
 
 # First match wins. Kernel names of SGLang 0.5.17, FlashInfer 0.6 and ours.
 _EXPERTS = (
@@ -80,24 +84,29 @@ def record(url: str, concurrency: int, num_steps: int, context: int, seconds: fl
     rng = random.Random(time.time_ns())
     input_ids = [[rng.randrange(256, 100_000) for _ in range(context)] for _ in range(concurrency)]
     body = {"input_ids": input_ids, "sampling_params": {"temperature": 0, "max_new_tokens": 2000, "ignore_eos": True}}
-    running = threading.Thread(target=lambda: httpx.post(f"{url}/generate", json=body, timeout=seconds + 60), daemon=True)
+
+    def generate() -> None:
+        with contextlib.suppress(Refusal):  # it fails with the profile's request, which says so, or ends with the profile
+            post(f"{url}/generate", body, seconds + 60)
+
+    running = threading.Thread(target=generate, daemon=True)
     with tempfile.TemporaryDirectory() as folder:
         running.start()
         time.sleep(1.0 + concurrency * context / 50_000)  # prefill
         request = {"output_dir": folder, "num_steps": num_steps, "activities": ["GPU"]}
-        httpx.post(f"{url}/start_profile", json=request, timeout=seconds).raise_for_status()
+        post(f"{url}/start_profile", request, seconds)
         deadline = time.monotonic() + seconds
         while not (found := list(Path(folder).rglob("*.trace.json.gz"))) and time.monotonic() < deadline:
             time.sleep(0.2)
-        httpx.post(f"{url}/abort_request", json={"rid": "", "abort_all": True}, timeout=seconds)
+        post(f"{url}/abort_request", {"rid": "", "abort_all": True}, seconds)
         running.join(seconds)
         if not found:
-            raise click.ClickException(f"{url} wrote no trace within {seconds:.0f} s")
+            raise Refusal(f"{url} wrote no trace within {seconds:.0f} s.")
         with gzip.open(found[0]) as file:
             return json.load(file)["traceEvents"]
 
 
-@click.command(help=__doc__)
+@click.command(cls=RefusingCommand, help=__doc__)
 @click.argument("url")
 @click.option("--concurrency", default=64, show_default=True)
 @click.option("--steps", default=20, show_default=True)

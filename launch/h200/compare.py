@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
 
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.kernels.benchmarks.options import RefusingCommand
+from hopper_moe.launch.h200.http_calls import post
 
 PROMPT_LENGTHS = (4, 17, 64, 200)
 SCORED_LENGTH = 512
@@ -40,9 +40,7 @@ def greedy(url: str, input_ids: list[int], num_tokens: int) -> dict[str, Any]:
     """One greedy continuation by SGLang's native endpoint: chosen ids, their log probabilities, the runner-ups'."""
     sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
     body = {"input_ids": input_ids, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 2}
-    reply = httpx.post(f"{url}/generate", json=body, timeout=_TIMEOUT)
-    if reply.status_code != 200:
-        raise Refusal(f"{url}/generate answered with HTTP {reply.status_code}: {reply.text[:300]}")
+    reply = post(f"{url}/generate", body, _TIMEOUT)
     meta = reply.json()["meta_info"]
     chosen = meta["output_token_logprobs"]
     runner_up = [min(pair, key=lambda entry: entry[0]) for pair in meta["output_top_logprobs"]]
@@ -62,18 +60,14 @@ def scored(url: str, input_ids: list[int]) -> list[float]:
         "return_logprob": True,
         "logprob_start_len": 0,
     }
-    reply = httpx.post(f"{url}/generate", json=body, timeout=_TIMEOUT)
-    if reply.status_code != 200:
-        raise Refusal(f"{url}/generate answered with HTTP {reply.status_code}: {reply.text[:300]}")
+    reply = post(f"{url}/generate", body, _TIMEOUT)
     return [logprob for logprob, *_ in reply.json()["meta_info"]["input_token_logprobs"][1:]]
 
 
 def chat(url: str, question: str = QUESTION) -> str:
     """One greedy answer of /v1/chat/completions."""
     body = {"model": "default", "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 16}
-    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=_TIMEOUT)
-    if reply.status_code != 200:
-        raise Refusal(f"{url}/v1/chat/completions answered with HTTP {reply.status_code}: {reply.text[:300]}")
+    reply = post(f"{url}/v1/chat/completions", body, _TIMEOUT)
     message = reply.json()["choices"][0]["message"]
     return message["content"] or message.get("reasoning_content") or ""
 
@@ -88,9 +82,7 @@ def answer(url: str, question: str, num_tokens: int) -> dict[str, Any]:
         "logprobs": True,
         "top_logprobs": 2,
     }
-    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=_TIMEOUT)
-    if reply.status_code != 200:
-        raise Refusal(f"{url}/v1/chat/completions answered with HTTP {reply.status_code}: {reply.text[:300]}")
+    reply = post(f"{url}/v1/chat/completions", body, _TIMEOUT)
     content, prompt_tokens = reply.json()["choices"][0]["logprobs"]["content"], reply.json()["usage"]["prompt_tokens"]
     return {
         "prompt_tokens": prompt_tokens,
@@ -168,7 +160,7 @@ def main() -> None:
     pass
 
 
-@main.command()
+@main.command(cls=RefusingCommand)
 @click.argument("url")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", default=1, show_default=True)

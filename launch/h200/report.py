@@ -15,7 +15,9 @@ from typing import Any
 
 import click
 
+from hopper_moe.kernels.benchmarks.options import RefusingCommand
 from hopper_moe.moe_backends.arguments import BACKEND
+from hopper_moe.moe_backends.errors import Refusal
 
 Cell = dict[str, float]
 
@@ -115,11 +117,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-@click.command(help=__doc__)
+@click.command(cls=RefusingCommand, help=__doc__)
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(folder: Path) -> None:
-    rows = [json.loads(line) for line in (folder / "serving.jsonl").read_text().splitlines()]
-    text = markdown(rows, json.loads((folder / "servers.json").read_text()))
+    measured, described = folder / "serving.jsonl", folder / "servers.json"
+    if not (measured.exists() and described.exists()):
+        raise Refusal(f"{folder} lacks {measured.name} or {described.name}: let `bench` write it with --out.")
+    rows = [json.loads(line) for line in measured.read_text().splitlines()]
+    text = markdown(rows, json.loads(described.read_text()))
     (folder / "serving.md").write_text(text)
     plot(rows, folder / "serving.png")
     click.echo(text)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 
-from hopper_moe.launch.h200.server import Server, serving
+from hopper_moe.launch.h200.server import READY, Server, serving
 from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.errors import Refusal
 
@@ -29,7 +29,7 @@ from hopper_moe.moe_backends.errors import Refusal
 @click.option("--kernel", help="HOPPER_MOE_KERNEL of the server  [default: as in this shell]")
 @click.option("--port", default=30000, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--log", default="server.log", show_default=True, type=click.Path(path_type=Path), help="What the server says.")
-@click.option("--ready-timeout", default=1800.0, show_default=True, help="Seconds until it must answer.")
+@click.option("--ready-timeout", default=READY, show_default=True, help="Seconds until it must answer.")
 @click.option("--run", "command", help="Shell command to run when the server is ready; then stop it.")
 @click.argument("sglang_arguments", nargs=-1, type=click.UNPROCESSED)
 def main(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -19,19 +21,21 @@ from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.errors import Refusal
 
 HOST = "127.0.0.1"
+READY = 1800.0  # seconds until a server must answer
 _TAIL = 40  # lines of the log that a failure shows
 _STOP = 20.0  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass
 class Server:
-    """A server that answers. `log` grows while it runs."""
+    """A server that was started. `log` grows while it runs; `started` is by the monotonic clock."""
 
     model: str
     backend: str
     port: int
     log: Path
     process: subprocess.Popen
+    started: float
     seconds_to_ready: float = 0.0
     command: list[str] = field(default_factory=list)
 
@@ -52,33 +56,31 @@ class Server:
             os.killpg(self.process.pid, signal.SIGTERM)
 
 
-@contextmanager
-def serving(
+def start(
     model: str,
     *,
     backend: str = BACKEND,
     kernel: str | None = None,
     port: int = 30000,
     log: Path = Path("server.log"),
-    ready_timeout: float = 1800,
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     launcher: Sequence[str] = (sys.executable, "-m", "sglang.launch_server"),
-) -> Iterator[Server]:
-    """Serve `model` while the block runs.
+) -> Server:
+    """Start a server of `model` without waiting for it: `wait_until_ready` and `stop` do the rest.
 
     Args:
         backend: value of --moe-runner-backend.
         kernel: HOPPER_MOE_KERNEL of the server; None: as in this process.
         log: file for everything that the server says.
-        ready_timeout: seconds until it must answer a generation.
         arguments: further SGLang arguments.
         environment: variables of the server beside this process's.
         launcher: command that takes SGLang's arguments.
 
     Raises:
-        Refusal: it ended or did not answer in time; the sentence ends with the tail of the log.
+        Refusal: `port` is in use.
     """
+    _refuse_used_port(port)
     command = [*launcher, "--model-path", model, "--moe-runner-backend", backend, "--host", HOST, "--port", str(port), *arguments]
     # Without PYTHONSAFEPATH a start from a checkout of ours would import its `kernels` folder as the package of that name.
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **(environment or {})}
@@ -88,39 +90,76 @@ def serving(
     started = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    server = Server(model, backend, port, log, process, command=command)
+    return Server(model, backend, port, log, process, started, command=command)
+
+
+@contextmanager
+def serving(model: str, *, ready_timeout: float = READY, **how: Any) -> Iterator[Server]:
+    """Serve `model` while the block runs. `how`: see `start`; raises `Refusal` as `start` and `wait_until_ready` do."""
+    server = start(model, **how)
     try:
-        _wait_until_ready(server, started + ready_timeout)
-        server.seconds_to_ready = time.monotonic() - started
+        wait_until_ready(server, ready_timeout)
         yield server
     finally:
-        _stop(process)
+        stop(server)
 
 
-def _wait_until_ready(server: Server, deadline: float) -> None:
-    while time.monotonic() < deadline:
+def wait_until_ready(server: Server, timeout: float = READY) -> None:
+    """Wait until /health answers with 200, `timeout` seconds after the start at most.
+
+    Raises:
+        Refusal: it ended or did not answer in time; the sentence ends with the tail of the log.
+    """
+    while time.monotonic() < server.started + timeout:
+        healthy = _is_healthy(server.url)
+        # Asked after the health: what answers there may be another server, which took the port from ours.
         if not server.is_alive():
             raise Refusal(f"the server ended with code {server.process.returncode}; {server.log} ends with:\n{_tail(server.log)}")
-        try:
-            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
+        if healthy:
+            server.seconds_to_ready = time.monotonic() - server.started
+            return
         time.sleep(0.25)
     raise Refusal(f"the server did not answer in time; {server.log} ends with:\n{_tail(server.log)}")
 
 
-def _stop(process: subprocess.Popen) -> None:
+def stop(server: Server) -> None:
     """End the server and every process that it started: they share its process group."""
     for signum, seconds in ((signal.SIGTERM, _STOP), (signal.SIGKILL, 10.0)):
         try:
-            os.killpg(process.pid, signum)
+            os.killpg(server.process.pid, signum)
         except ProcessLookupError:
             return
         try:
-            process.wait(seconds)
+            server.process.wait(seconds)
         except subprocess.TimeoutExpired:
             continue
+
+
+def _refuse_used_port(port: int) -> None:
+    """Whatever listens there would be taken for our server."""
+    for _ in range(9):
+        if _port_problem(port) is None:
+            return
+        time.sleep(0.1)  # a child that another thread starts holds copies of this process's sockets until its exec
+    if problem := _port_problem(port):
+        raise Refusal(f"port {port} of {HOST} cannot be used ({problem}): choose a free one.")
+
+
+def _port_problem(port: int) -> str | None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            return error.strerror
+    return None
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def _tail(log: Path) -> str:

@@ -22,7 +22,9 @@ from typing import Any
 import click
 import httpx
 
+from hopper_moe.kernels.benchmarks.options import RefusingCommand
 from hopper_moe.launch.h200.compare import greedy
+from hopper_moe.launch.h200.http_calls import get
 
 HANG = 120.0  # seconds without an answer
 GROWTH_MIB = 512  # more GPU memory than after the second cycle: a leak
@@ -106,7 +108,7 @@ def observe(url: str) -> dict[str, float | None]:
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     used = sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles) / 2**20
     pynvml.nvmlShutdown()
-    text = httpx.get(f"{url}/metrics", timeout=30).text
+    text = get(f"{url}/metrics", timeout=30).text
     return {"gpu_mib": used, **{name: metric(text, name) for name in _METRICS}}
 
 
@@ -145,7 +147,7 @@ def _compiled() -> set[str]:
     return {str(path) for path in folder.rglob("*.so")} if folder.exists() else set()
 
 
-@click.command(help=__doc__)
+@click.command(cls=RefusingCommand, help=__doc__)
 @click.argument("url")
 @click.option("--minutes", default=20.0, show_default=True)
 @click.option("--seed", type=int, help="Of the load  [default: the clock]")

@@ -9,6 +9,7 @@ from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 class Fp8MegaRunner(Mxfp4MegaRunner):
     """`ExpertRunner` over `hopper_moe.kernels.mega_moe` with FP8 weights: of the checkpoint, or its FP4 ones expanded at load."""
 
+    name = "fp8_mega"
     experts_type = PackedFp8Experts
 
 

@@ -45,6 +45,7 @@ def _kernel(shape: ExpertShard, device: torch.device, weights: type[PackedExpert
 class Mxfp4MegaRunner:
     """`ExpertRunner` over `hopper_moe.kernels.mega_moe`."""
 
+    name: ClassVar[str] = "mxfp4_mega"  # as in HOPPER_MOE_KERNEL
     experts_type: ClassVar[type[PackedExperts] | type[PackedFp8Experts]] = PackedExperts
 
     def prepare(self, experts: PackedExperts | PackedFp8Experts, shard: ExpertShard) -> None:
@@ -59,7 +60,9 @@ class Mxfp4MegaRunner:
         """`run`, but complete: tokens visit the experts of every rank of `group`, which must be the shard's. Ranks without
         tokens must call it too. Returns bf16 [num_tokens, hidden_size] of this rank's rows."""
         if group is not self._group:
-            raise Refusal("mxfp4_mega was prepared for another group of ranks than it is called with: prepare the layer again.")
+            raise Refusal(
+                f"{self.name} was prepared for another group of ranks than it is called with: prepare the layer again."
+            )
         return self.run(hidden_states, topk_ids, topk_weights)
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

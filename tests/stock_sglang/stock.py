@@ -10,8 +10,10 @@ import json
 import multiprocessing
 import os
 import pickle
+import queue
 import struct
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,7 +178,7 @@ def in_ranks(work: Callable[[int], Any], args: Any, world_size: int, folder: Pat
     found: dict[int, Any] = {}
     try:
         for _ in processes:
-            rank, result, problem = results.get(timeout=60)
+            rank, result, problem = _next_result(results, processes, found)
             assert problem is None, f"rank {rank}:\n{problem}"
             found[rank] = pickle.loads(result)
     finally:
@@ -184,6 +186,19 @@ def in_ranks(work: Callable[[int], Any], args: Any, world_size: int, folder: Pat
             process.kill()
             process.join()
     return [found[rank] for rank in range(world_size)]
+
+
+def _next_result(results: Any, processes: list[Any], found: dict[int, Any]) -> tuple[int, bytes, str | None]:
+    """What the next rank has to say. Fails for a rank that died without a word, and when none says anything for five minutes."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        silent = {rank: process for rank, process in enumerate(processes) if rank not in found}
+        died = [f"rank {rank} died with exit code {p.exitcode}" for rank, p in silent.items() if not p.is_alive()]
+        try:
+            return results.get(timeout=1)
+        except queue.Empty:
+            assert not died, "; ".join(died)
+    raise AssertionError(f"ranks {', '.join(map(str, silent))} said nothing for 300 s")
 
 
 # ---- layers

@@ -1,0 +1,24 @@
+"""What an evaluation does when it is told to end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def handled(numbers: tuple[signal.Signals, ...], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """`handler` gets the signals while the block runs. Call it from the main thread.
+
+    What this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT of a shell's background job.
+    """
+    previous = {number: signal.getsignal(number) for number in numbers}
+    taken = {number: was for number, was in previous.items() if was is not signal.SIG_IGN}
+    for number in taken:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, was in taken.items():
+            signal.signal(number, was)
