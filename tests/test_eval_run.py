@@ -192,13 +192,13 @@ def test_interrupt_ends_at_once_keeps_answers_and_says_how_to_go_on(tmp_path: Pa
         out = tmp_path / "run"
         args = arguments(stub, tmp_path, out, "--concurrency", "2")
         command = [sys.executable, "-c", f"from hopper_moe.eval.cli import main; main({args!r})"]
-        # A test run started in the background inherits an ignored SIGINT; a user's terminal does not.
+        # A test run started in the background passes an ignored SIGINT on; a user's terminal does not.
         process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
         )
         while process.poll() is None and (journal_lines(out) < 5 or (silent and stub.requests < 7)):
             time.sleep(0.01)
