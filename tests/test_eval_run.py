@@ -210,6 +210,7 @@ def test_interrupt_ends_at_once_keeps_answers_and_says_how_to_go_on(tmp_path: Pa
         assert before < QUESTIONS and (before == 5 or not silent)
         stub.speak()
         assert run(*args).exit_code == 0
+        assert len(stub.answered) == QUESTIONS
         assert journal_lines(out) == QUESTIONS
 
 
