@@ -37,8 +37,7 @@ struct CombinePlan {
     const int halves = group == num_groups - 1 ? last_pieces - 1 : 1, token = number >> halves;
     return {token, (group * kGroupPieces + number - (token << halves)) * kCombineColumns};
   }
-  __host__ __device__ CombineUnit shared_unit(int number) const {
-    const int group = group_of_shared(number);
+  __host__ __device__ CombineUnit shared_unit(int group, int number) const {
     return unit(group, number - (group - num_claimed) * num_tokens * kGroupPieces);
   }
   // Few units: one each, so that every warp gets some.
@@ -272,7 +271,7 @@ __device__ inline void combine_rest(const MegaMoeParams& p, int num_blocks, uint
       const int number = worker + my_unit * num_workers;
       if (number < num_shared) {
         group = plan.group_of_shared(number);
-        mine = plan.shared_unit(number);
+        mine = plan.shared_unit(group, number);
       }
       worker += kMathUnits * num_workers;
     } else {

@@ -17,18 +17,19 @@ __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& sme
   RowQueue rows(p, smem.experts, plan.num_first + blockIdx.x + part * gridDim.x, num_service, plan.num_rows, lane);
   uint32_t phase = 0;
   Task task;
-  bool has_task = true, is_known = false;
+  // Looked up before its tile is there: math waits for what is done after.
+  auto next_task = [&] {
+    const int index = warp_uniform(feed.next().index);
+    const bool there = index < tasks.num_tasks;
+    if (there) task = tasks.get(smem.experts, p, index);
+    return there;
+  };
+  bool has_task = next_task();
   while (true) {
-    if (!is_known && has_task) {   // looked up before its tile is there: math waits for what is done after
-      const int index = warp_uniform(feed.next().index);
-      has_task = index < tasks.num_tasks;
-      if (has_task) task = tasks.get(smem.experts, p, index);
-      is_known = true;
-    }
     if (has_task && __all_sync(~0u, ptx::mbarrier_test_wait(tile.full, phase))) {
       epilogue.run(task);
       phase ^= 1;
-      is_known = false;
+      has_task = next_task();
     } else if (!rows.empty()) {
       if (gate.admits(rows.index())) {
         dispatch_row<4>(p, rows.pop(), launch, lane);
