@@ -45,7 +45,7 @@ def pre_dispatch(
         topk_ids: int32 or int64 [M, K], global expert ids; below 0: skipped.
         topk_weights: float [M, K].
         num_padded_tokens: rows of the result, at least M; the rows beyond M are zeros with ids -1 and weights 0. None: M.
-        fp4: activations travel as E2M1 with a UE8M0 scale per 32 features (see `fp4_as_e4m3`) instead of E4M3 per 256.
+        fp4: activations travel as E2M1 with a UE8M0 scale per 32 features (see `fp4_as_e4m3`) instead of E4M3 per 512.
 
     Raises:
         Refusal: shapes that do not belong together, or fewer padded rows than tokens.
@@ -65,9 +65,9 @@ def pre_dispatch(
 
 
 def fp4_as_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP4 activations in the operand format of the kernel: (float8_e4m3fn [M, H], FP32 scale [M, ceil(H/256)]).
+    """FP4 activations in the operand format of the kernel: (float8_e4m3fn [M, H], FP32 scale [M, ceil(H/512)]).
 
-    x is rounded to E2M1 with one UE8M0 scale per 32 features. In a group of 256 whose largest of these scales is 2**s, the E4M3
+    x is rounded to E2M1 with one UE8M0 scale per 32 features. In a group of 512 whose largest of these scales is 2**s, the E4M3
     scale is 2**(s - 6) (the largest value, 6 * 2**6 = 384, still fits), and a value is exact as E4M3 if its own scale is at least
     2**(s - 14). Values further down round to the nearest multiple of 2**(s - 15).
     """

@@ -8,7 +8,7 @@ can use it.
 from hopper_moe.moe_backends.errors import Refusal
 
 # Activations (contract section 1).
-ACT_GROUP = 256  # features of x that share one FP32 scale; the last group is 128 wide when hidden_size % 256 == 128
+ACT_GROUP = 512  # features of x that share one FP32 scale; the last group is what is left of hidden_size
 H_GROUP = 128  # features of the intermediate h that share one FP32 scale
 COMBINE_GROUP = 128  # features of a combine slot that share one FP32 scale, only when slots travel as E4M3
 E4M3_MAX = 448
@@ -58,7 +58,7 @@ def as_defines() -> dict[str, int]:
 
 
 def act_groups(hidden_size: int) -> int:
-    """Scales per token of x: ceil(hidden_size / 256)."""
+    """Scales per token of x: ceil(hidden_size / 512)."""
     return -(-hidden_size // ACT_GROUP)
 
 

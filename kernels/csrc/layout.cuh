@@ -21,7 +21,7 @@ constexpr int kBaseShift = HM_BASE_SHIFT;        // weight = e2m1 * 2**(delta - 
 constexpr float kE4m3Max = HM_E4M3_MAX;          // what a group's largest value is scaled to
 __host__ __device__ constexpr float power_of_two(int exponent) { return exponent == 0 ? 1.f : power_of_two(exponent + 1) / 2; }   // exponent <= 0
 constexpr float kAmaxFloor = power_of_two(HM_AMAX_FLOOR_EXPONENT);   // a group of zeros has a finite kE4m3Max / amax
-static_assert(kUnitRows == 64 && kUnitK == 128 && kHGroup == 128 && kActGroup == 256 && kCombineGroup == 128, "the kernels are written for this contract");
+static_assert(kUnitRows == 64 && kUnitK == 128 && kHGroup == 128 && kActGroup == 512 && kCombineGroup == 128, "the kernels are written for this contract");
 
 constexpr int kRowTile = 2 * kUnitRows;          // rows of a weight tile: one unit per math warpgroup
 constexpr int kRowTileBytes = 2 * kUnitBytes;    // per k block

@@ -23,31 +23,55 @@ constexpr int kPreDispatchThreads = 256;
 constexpr int kFp4GroupShift = 6;       // the group's largest E2M1 value, 6 * 2**6 = 384, still fits E4M3
 constexpr int kMinFp4Exponent = -20;    // 6 * 2**-20 is far below half the smallest E4M3 number, as is everything smaller
 
-// Position in its group of the first of a lane's 8 features; the second four stand 16 further.
+// Position among 256 of the first of a lane's 8 features; the second four stand 16 further.
 __device__ __forceinline__ int lane_position(int lane) { return lane * 8 / kUnitK * kUnitK + wgmma_position(lane * 8 % kUnitK); }
 
-// One warp, one scale group of up to 256 features: 8 a lane.
-__device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out, float* scale, int lane, bool active) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (active) v = *reinterpret_cast<const uint4*>(in + lane * 8);
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-  float amax = kAmaxFloor;   // a zero group has a finite 448 / amax
+// One warp, one scale group of up to kActGroup features: 8 a lane of every 256. Of the last group `num_features` are there.
+constexpr int kPieces = kActGroup / 256;
+
+struct LaneFeatures {
+  uint32_t words[kPieces][4];   // BF16; zeros behind the row's end
+
+  __device__ __forceinline__ LaneFeatures(const uint16_t* in, int num_features, int lane) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fmaxf(fabsf(ptx::bf16_low(words[i])), fabsf(ptx::bf16_high(words[i]))));
+    for (int i = 0; i < kPieces; ++i) {
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (is_there(i, num_features, lane)) v = *reinterpret_cast<const uint4*>(in + i * 256 + lane * 8);
+      words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
+    }
+  }
+  __device__ __forceinline__ static bool is_there(int piece, int num_features, int lane) { return piece * 256 + lane * 8 < num_features; }
+  // Of the lane's eight; a group of zeros has a finite 448 / amax.
+  __device__ __forceinline__ float amax(int piece) const {
+    float amax = kAmaxFloor;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fmaxf(fabsf(ptx::bf16_low(words[piece][i])), fabsf(ptx::bf16_high(words[piece][i]))));
+    return amax;
+  }
+};
+
+__device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out, float* scale, int lane, int num_features) {
+  const LaneFeatures x(in, num_features, lane);
+  float amax = kAmaxFloor;
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) amax = fmaxf(amax, x.amax(i));
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
   const float inverse = __fdiv_rn(kE4m3Max, amax);
-  uint32_t q[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    q[i] = ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(words[2 * i]), inverse), __fmul_rn(ptx::bf16_high(words[2 * i]), inverse)) |
-           static_cast<uint32_t>(ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(words[2 * i + 1]), inverse), __fmul_rn(ptx::bf16_high(words[2 * i + 1]), inverse)))
-               << 16;
-  }
-  if (active) {
-    uint8_t* at = out + lane_position(lane);
-    *reinterpret_cast<uint32_t*>(at) = q[0];
-    *reinterpret_cast<uint32_t*>(at + 16) = q[1];
+  for (int i = 0; i < kPieces; ++i) {
+    uint32_t q[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t first = x.words[i][2 * j], second = x.words[i][2 * j + 1];
+      q[j] = ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(first), inverse), __fmul_rn(ptx::bf16_high(first), inverse)) |
+             static_cast<uint32_t>(ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(second), inverse), __fmul_rn(ptx::bf16_high(second), inverse))) << 16;
+    }
+    if (x.is_there(i, num_features, lane)) {
+      uint8_t* at = out + i * 256 + lane_position(lane);
+      *reinterpret_cast<uint32_t*>(at) = q[0];
+      *reinterpret_cast<uint32_t*>(at + 16) = q[1];
+    }
   }
   if (lane == 0) *scale = __fdiv_rn(amax, kE4m3Max);
 }
@@ -66,29 +90,33 @@ __device__ __forceinline__ uint32_t to_e2m1(float v) {
 }
 
 // The same for FP4 dispatch: E2M1 with an exponent per 32 features, relative to the group's E4M3 scale (contract section 1, options).
-__device__ __forceinline__ void quantize_group_fp4(const uint16_t* in, uint8_t* out, int8_t* exponents, float* scale, int lane, bool active) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (active) v = *reinterpret_cast<const uint4*>(in + lane * 8);
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-  float amax = kAmaxFloor;
+__device__ __forceinline__ void quantize_group_fp4(const uint16_t* in, uint8_t* out, int8_t* exponents, float* scale, int lane, int num_features) {
+  const LaneFeatures x(in, num_features, lane);
+  int exponent[kPieces], largest = e2m1_exponent(kAmaxFloor);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fmaxf(fabsf(ptx::bf16_low(words[i])), fabsf(ptx::bf16_high(words[i]))));
+  for (int i = 0; i < kPieces; ++i) {
+    float amax = x.amax(i);
 #pragma unroll
-  for (int step = 1; step < kFp4Group / 8; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
-  const int exponent = e2m1_exponent(amax);
-  const int group_exponent = __reduce_max_sync(~0u, exponent) - kFp4GroupShift;
-  const float inverse = __int_as_float((127 - exponent) << 23);
-  uint32_t nibbles = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    nibbles |= (to_e2m1(ptx::bf16_low(words[i]) * inverse) | to_e2m1(ptx::bf16_high(words[i]) * inverse) << 4) << 8 * i;
+    for (int step = 1; step < kFp4Group / 8; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
+    exponent[i] = e2m1_exponent(amax);
+    largest = max(largest, exponent[i]);
   }
-  if (active) {
-    uint8_t* at = out + lane_position(lane) / 2;
+  const int group_exponent = __reduce_max_sync(~0u, largest) - kFp4GroupShift;
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const float inverse = __int_as_float((127 - exponent[i]) << 23);
+    uint32_t nibbles = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t word = x.words[i][j];
+      nibbles |= (to_e2m1(ptx::bf16_low(word) * inverse) | to_e2m1(ptx::bf16_high(word) * inverse) << 4) << 8 * j;
+    }
+    if (!x.is_there(i, num_features, lane)) continue;
+    uint8_t* at = out + (i * 256 + lane_position(lane)) / 2;
     *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(nibbles);
     *reinterpret_cast<uint16_t*>(at + 8) = static_cast<uint16_t>(nibbles >> 16);
+    if (lane % (kFp4Group / 8) == 0) exponents[(i * 256 + lane * 8) / kFp4Group] = static_cast<int8_t>(max(exponent[i] - group_exponent, kMinFp4Exponent));
   }
-  if (active && lane % (kFp4Group / 8) == 0) exponents[lane / (kFp4Group / 8)] = static_cast<int8_t>(max(exponent - group_exponent, kMinFp4Exponent));
   if (lane == 0) *scale = __int_as_float((group_exponent + 127) << 23);
 }
 
@@ -116,11 +144,11 @@ __global__ void __launch_bounds__(kPreDispatchThreads) pre_dispatch_kernel(const
   for (int group = warp; group < num_groups; group += kPreDispatchThreads / 32) {
     const int64_t first = int64_t{token} * s.hidden + group * kActGroup;
     float* scale = reinterpret_cast<float*>(at(p.ws.x_scale)) + token * num_groups + group;
-    const bool active = group * kActGroup + lane * 8 < s.hidden;
+    const int num_features = s.hidden - group * kActGroup;
     if (s.fp4_dispatch) {
-      quantize_group_fp4(p.hidden_states + first, at(p.ws.x) + first / 2, reinterpret_cast<int8_t*>(at(p.ws.x_exponent)) + first / kFp4Group, scale, lane, active);
+      quantize_group_fp4(p.hidden_states + first, at(p.ws.x) + first / 2, reinterpret_cast<int8_t*>(at(p.ws.x_exponent)) + first / kFp4Group, scale, lane, num_features);
     } else {
-      quantize_group(p.hidden_states + first, at(p.ws.x) + first, scale, lane, active);
+      quantize_group(p.hidden_states + first, at(p.ws.x) + first, scale, lane, num_features);
     }
   }
 }
