@@ -8,19 +8,6 @@
 
 namespace hopper_moe {
 
-template <int N>
-__device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N / 2], uint32_t scales, int lane) {
-  const uint32_t mine = scales + lane % 4 * 8;
-  for_each_constant<N / 8>([&](auto index) {
-    constexpr int i = decltype(index)::value;
-    const float2 scale = ptx::load_shared_float2<i * 32>(mine);
-    sum[4 * i + 0] = fmaf(d[4 * i + 0], scale.x, sum[4 * i + 0]);
-    sum[4 * i + 1] = fmaf(d[4 * i + 1], scale.y, sum[4 * i + 1]);
-    sum[4 * i + 2] = fmaf(d[4 * i + 2], scale.x, sum[4 * i + 2]);
-    sum[4 * i + 3] = fmaf(d[4 * i + 3], scale.y, sum[4 * i + 3]);
-  });
-}
-
 // Consumes the stages of one pass over k. `last_stage(sum, address)` runs before the last stage is given back; it must not branch.
 template <int N, bool kL1>
 class MainLoop : private StageReader {
