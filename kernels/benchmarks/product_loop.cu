@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1) loop_kernel(Inputs in, int num_ta
       }
     } else {
       float sum[kTile / 2];
-      MainLoop<kTile, kL1>(cursor, me).run(sum, Task<kL1>::kChunks, [](float (&)[kTile / 2], uint32_t) {});
+      MainLoop<kTile, kL1>(cursor, me).run(sum, Task<kL1>::kChunks, [](auto) {}, [](float (&)[kTile / 2], uint32_t) {});
       for (float value : sum) total += value;
     }
   }

@@ -8,20 +8,24 @@
 
 namespace hopper_moe {
 
-// Consumes the stages of one pass over k. `last_stage(sum, address)` runs before the last stage is given back; it must not branch.
+// Consumes the stages of one pass over k into `sum`. `meanwhile(piece)`, piece 0 .. kPieces - 1 as constants, is called in order while the tensor
+// cores work on the first chunks, before anything is written to `sum`: there is time for what is left to do with the sums of the pass before. It
+// may wait, but not branch otherwise; neither may `last_stage(sum, address)`, which runs before the last stage is given back.
 template <int N, bool kL1>
 class MainLoop : private StageReader {
  public:
   using StageReader::StageReader;
 
-  template <typename LastStage>
-  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) sum[i] = 0.f;
+  template <typename Meanwhile, typename LastStage>
+  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile, LastStage&& last_stage) {
     if constexpr (kChunks == 2) {
+      for_each_constant<kPassEndPieces>(meanwhile);
+      clear(sum);
       run_narrow(sum, num_chunks, last_stage);
+    } else if constexpr (kL1) {
+      run_wide_l1(sum, num_chunks, meanwhile);
     } else {
-      run_wide(sum, num_chunks, last_stage);
+      run_wide_l2(sum, num_chunks, meanwhile, last_stage);
     }
   }
 
@@ -78,8 +82,8 @@ class MainLoop : private StageReader {
                                               bool last, LastStage&& last_stage) {
     const Stage stage = take();
     ptx::wgmma_fence();
-    multiply_chunk<N>(d[0], now[0], tile(stage, 0), !kBegins);
-    if constexpr (kNum == 2) multiply_chunk<N>(d[kL1 ? 0 : 1], now[1], tile(stage, 1), kL1);
+    multiply_chunk<N, kBegins>(d[0], now[0], tile(stage, 0));
+    if constexpr (kNum == 2) multiply_chunk<N, !kL1>(d[kL1 ? 0 : 1], now[1], tile(stage, 1));
     ptx::wgmma_commit();
     if (more) {
       wait_full();
@@ -92,58 +96,67 @@ class MainLoop : private StageReader {
     release(stage);
   }
 
-  // One chunk a stage.
-  template <typename LastStage>
-  __device__ __forceinline__ void run_wide(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
-    if constexpr (kL1) {
-      run_wide_l1(sum, num_chunks);
-    } else {
-      run_wide_l2(sum, num_chunks, last_stage);
-    }
+  __device__ __forceinline__ static void clear(float (&values)[N / 2]) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) values[i] = 0.f;
   }
 
-  // A scale group is several chunks: the next multiply is queued behind the one before without draining it.
-  __device__ __forceinline__ void run_wide_l1(float (&sum)[N / 2], int num_chunks) {
-    constexpr int kPerGroup = kActGroup / kUnitK;
+  // One chunk a stage. A scale group is several: the next multiply is queued behind the one before without draining it.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void run_wide_l1(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile) {
     uint32_t a[2][16];
-    float d[N / 2];
     const int zero = opaque_zero();
     wait_full();
     decode(a[0]);
     int left = num_chunks;
-    for (; left >= kPerGroup; left -= kPerGroup) {
-      Stage stage{};
-#pragma unroll
-      for (int i = 0; i < kPerGroup; ++i) {
-        const Stage before = stage;
-        stage = take();
-        ptx::wgmma_fence();
-        multiply_chunk<N>(d, a[i % 2], tile(stage, 0), i > 0);
-        ptx::wgmma_commit();
-        if (i > 0) {
-          ptx::wgmma_wait<1>();
-          release(before);
-        }
-        if (i + 1 < kPerGroup ? left > zero : left > kPerGroup) {
-          wait_full();
-          decode(a[(i + 1) % 2]);
-        }
-      }
-      ptx::wgmma_wait<0>();
-      promote<N>(sum, d, stage.data + stage_scales(N), me_.lane);
-      release(stage);
+    if (left >= kPerGroup) {
+      wide_group<true>(sum, a, left, zero, meanwhile);
+      left -= kPerGroup;
+    } else {
+      for_each_constant<kPassEndPieces>(meanwhile);
+      clear(sum);
     }
-    if (left > 0) run_wide_rest(sum, d, a[0], left);
+    for (; left >= kPerGroup; left -= kPerGroup) wide_group<false>(sum, a, left, zero, [](auto) {});
+    if (left > 0) wide_rest(sum, a[0], left);
+  }
+
+  static constexpr int kPerGroup = kActGroup / kUnitK;
+  static_assert(kPerGroup == kPassEndPieces);
+
+  template <bool kFirst, typename Meanwhile>
+  __device__ __forceinline__ void wide_group(float (&sum)[N / 2], uint32_t (&a)[2][16], int left, int zero, Meanwhile&& meanwhile) {
+    float d[N / 2];
+    Stage stage{};
+    for_each_constant<kPerGroup>([&](auto index) {
+      constexpr int i = decltype(index)::value;
+      const Stage before = stage;
+      stage = take();
+      ptx::wgmma_fence();
+      multiply_chunk<N, i == 0>(d, a[i % 2], tile(stage, 0));
+      ptx::wgmma_commit();
+      meanwhile(index);
+      if (i > 0) {
+        ptx::wgmma_wait<1>();
+        release(before);
+      }
+      if (i + 1 < kPerGroup ? left > zero : left > kPerGroup) {
+        wait_full();
+        decode(a[(i + 1) % 2]);
+      }
+    });
+    ptx::wgmma_wait<0>();
+    promote<N, kFirst>(sum, d, stage.data + stage_scales(N), me_.lane);
+    release(stage);
   }
 
   // The last scale group when it is smaller, whose first unit is decoded: no hurry.
-  __device__ __forceinline__ void run_wide_rest(float (&sum)[N / 2], float (&d)[N / 2], uint32_t (&a)[16], int left) {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) d[i] = 0.f;
+  __device__ __forceinline__ void wide_rest(float (&sum)[N / 2], uint32_t (&a)[16], int left) {
+    float d[N / 2];
+    clear(d);
     for (; left > 0; --left) {
       const Stage stage = take();
       ptx::wgmma_fence();
-      multiply_chunk<N>(d, a, tile(stage, 0), true);
+      multiply_chunk<N, false>(d, a, tile(stage, 0));
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       if (left == 1) promote<N>(sum, d, stage.data + stage_scales(N), me_.lane);
@@ -156,40 +169,46 @@ class MainLoop : private StageReader {
   }
 
   // One chunk per scale group: the next one is decoded during the multiply, the sum promoted after it.
-  template <typename LastStage>
-  __device__ __forceinline__ void run_wide_l2(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
+  template <typename Meanwhile, typename LastStage>
+  __device__ __forceinline__ void run_wide_l2(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile, LastStage&& last_stage) {
     uint32_t a[2][16];
     const int zero = opaque_zero();
     wait_full();
     decode(a[0]);
     int left = num_chunks;
-    for (; left > 2; left -= 2) {
-      wide_step(sum, a[0], a[1], left > zero, false, last_stage);
-      wide_step(sum, a[1], a[0], left > zero, false, last_stage);
+    if (left == 1) {
+      wide_step<true, true>(sum, a[0], a[1], false, meanwhile, last_stage);
+      return;
+    }
+    wide_step<true, false>(sum, a[0], a[1], left > zero, meanwhile, last_stage);
+    for (--left; left > 2; left -= 2) {
+      wide_step<false, false>(sum, a[1], a[0], left > zero, [](auto) {}, last_stage);
+      wide_step<false, false>(sum, a[0], a[1], left > zero, [](auto) {}, last_stage);
     }
     if (left == 2) {
-      wide_step(sum, a[0], a[1], true, false, last_stage);
-      wide_step(sum, a[1], a[0], false, true, last_stage);
+      wide_step<false, false>(sum, a[1], a[0], left > zero, [](auto) {}, last_stage);
+      wide_step<false, true>(sum, a[0], a[1], false, [](auto) {}, last_stage);
     } else {
-      wide_step(sum, a[0], a[1], false, true, last_stage);
+      wide_step<false, true>(sum, a[1], a[0], false, [](auto) {}, last_stage);
     }
   }
 
-  template <typename LastStage>
-  __device__ __forceinline__ void wide_step(float (&sum)[N / 2], uint32_t (&now)[16], uint32_t (&next)[16], bool more, bool last,
-                                            LastStage&& last_stage) {
+  template <bool kFirst, bool kLast, typename Meanwhile, typename LastStage>
+  __device__ __forceinline__ void wide_step(float (&sum)[N / 2], uint32_t (&now)[16], uint32_t (&next)[16], bool more,
+                                            Meanwhile&& meanwhile, LastStage&& last_stage) {
     float d[N / 2];
     const Stage stage = take();
     ptx::wgmma_fence();
-    multiply_chunk<N>(d, now, tile(stage, 0), false);
+    multiply_chunk<N, true>(d, now, tile(stage, 0));
     ptx::wgmma_commit();
+    for_each_constant<kPassEndPieces>(meanwhile);
     if (more) {
       wait_full();
       decode(next);
     }
     ptx::wgmma_wait<0>();
-    promote<N>(sum, d, stage.data + stage_scales(N), me_.lane);
-    if (last) last_stage(sum, stage.data);
+    promote<N, kFirst>(sum, d, stage.data + stage_scales(N), me_.lane);
+    if constexpr (kLast) last_stage(sum, stage.data);
     release(stage);
   }
 };

@@ -15,22 +15,19 @@ struct RowScales {
   __device__ __forceinline__ static constexpr float high() { return 1.f; }
 };
 
-// Consumes the stages of one pass over k. `last_stage(sum, address)` runs before the last stage is given back; it must not branch.
+// As mainloop_fp4.cuh's: see there for `meanwhile` and `last_stage`.
 template <int N, bool kL1>
 class MainLoop : private StageReader {
  public:
   using StageReader::StageReader;
 
-  template <typename LastStage>
-  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) sum[i] = 0.f;
-    wait_full();
-    if constexpr (kL1) {
-      run_groups(sum, num_chunks);
+  template <typename Meanwhile, typename LastStage>
+  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile, LastStage&& last_stage) {
+    if constexpr (kWaitAhead) {
+      run_pass(sum, num_chunks, meanwhile, last_stage);
     } else {
-      for (int chunk = 1; chunk < num_chunks; ++chunk) step<false>(sum, last_stage);
-      step<true>(sum, last_stage);
+      for_each_constant<kPassEndPieces>(meanwhile);   // somebody waits for what it gives, and the first stage may take a while
+      run_pass(sum, num_chunks, [](auto) {}, last_stage);
     }
   }
 
@@ -38,23 +35,39 @@ class MainLoop : private StageReader {
   // Few tokens: memory sets the pace, a stage is given back before the next is waited for. Many: that wait is hidden behind the multiply.
   static constexpr bool kWaitAhead = N > 32;
 
-  __device__ __forceinline__ void run_groups(float (&sum)[N / 2], int num_chunks) {
-    for (int left = num_chunks; left > 0;) {
-      const int num = min(left, kActGroup / kUnitK);
-      left -= num;
-      float group[N / 2];
-      Stage stage = group_step<true>(group, left + num > 1);
+  template <typename Meanwhile, typename LastStage>
+  __device__ __forceinline__ void run_pass(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile, LastStage&& last_stage) {
+    wait_full();
+    if constexpr (kL1) {
+      int left = num_chunks;
+      run_group<true>(sum, left, meanwhile);
+      while (left > 0) run_group<false>(sum, left, [](auto) {});
+    } else if (num_chunks == 1) {
+      step<true, true>(sum, meanwhile, last_stage);
+    } else {
+      step<true, false>(sum, meanwhile, last_stage);
+      for (int chunk = 2; chunk < num_chunks; ++chunk) step<false, false>(sum, [](auto) {}, last_stage);
+      step<false, true>(sum, [](auto) {}, last_stage);
+    }
+  }
+
+  // A scale group of x, up to 4 of `left` chunks: rows r and r + 8 are gate and up, of two weight blocks.
+  template <bool kFirst, typename Meanwhile>
+  __device__ __forceinline__ void run_group(float (&sum)[N / 2], int& left, Meanwhile&& meanwhile) {
+    const int num = min(left, kActGroup / kUnitK);
+    left -= num;
+    float group[N / 2];
+    Stage stage = group_step<true>(group, left + num > 1, meanwhile);
 #pragma unroll 1   // across a loop's back edge ptxas moves nothing that reads accumulators; in a straight line it does, and serialises the multiplies
-      for (int i = 1; i < num; ++i) {
-        next_stage(stage);
-        stage = group_step<false>(group, left + num - i > 1);
-      }
-      promote<N>(sum, group, stage.data + stage_scales(N), me_.lane);
-      if (left > 0) {
-        next_stage(stage);
-      } else {
-        release(stage);
-      }
+    for (int i = 1; i < num; ++i) {
+      next_stage(stage);
+      stage = group_step<false>(group, left + num - i > 1, [](auto) {});
+    }
+    promote<N, kFirst>(sum, group, stage.data + stage_scales(N), me_.lane);
+    if (left > 0) {
+      next_stage(stage);
+    } else {
+      release(stage);
     }
   }
 
@@ -63,19 +76,20 @@ class MainLoop : private StageReader {
     if constexpr (!kWaitAhead) wait_full();
   }
 
-  // One chunk of a scale group of x: rows r and r + 8 are gate and up, of two weight blocks. The stage is still to be given back.
-  template <bool kFirst>
-  __device__ __forceinline__ Stage group_step(float (&group)[N / 2], bool more) {
+  // One chunk of it. The stage is still to be given back.
+  template <bool kBegins, typename Meanwhile>
+  __device__ __forceinline__ Stage group_step(float (&group)[N / 2], bool more, Meanwhile&& meanwhile) {
     float d[N / 2];
     const Stage stage = take();
     multiply(d, stage.data);
+    for_each_constant<kPassEndPieces>(meanwhile);
     if (kWaitAhead && more) wait_full();
     const float2 block = ptx::load_shared_float2<stage_block_scales(N)>(stage.data);
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
       const float scale = i % 4 < 2 ? block.x : block.y;
-      group[i] = kFirst ? __fmul_rn(d[i], scale) : fmaf(d[i], scale, group[i]);
+      group[i] = kBegins ? __fmul_rn(d[i], scale) : fmaf(d[i], scale, group[i]);
     }
     return stage;
   }
@@ -89,8 +103,9 @@ class MainLoop : private StageReader {
   __device__ __forceinline__ void multiply(float (&d)[N / 2], uint32_t data) const {
     const uint32_t weights = data + stage_weights(N) + me_.warpgroup * kUnitBytes;
     ptx::wgmma_fence();
+    ptx::wgmma_begin(d, ptx::wgmma_descriptor(weights, 0), ptx::wgmma_descriptor(data, 0));
 #pragma unroll
-    for (int group = 0; group < 4; ++group) ptx::wgmma(d, ptx::wgmma_descriptor(weights, group), ptx::wgmma_descriptor(data, group), group > 0);
+    for (int step = 1; step < 4; ++step) ptx::wgmma(d, ptx::wgmma_descriptor(weights, step), ptx::wgmma_descriptor(data, step));
     ptx::wgmma_commit();
   }
 
@@ -105,27 +120,27 @@ class MainLoop : private StageReader {
     return s;
   }
 
+  template <bool kFirst>
   __device__ __forceinline__ void promote_block(float (&sum)[N / 2], const float (&d)[N / 2], const Scales& s) const {
 #pragma unroll
     for (int i = 0; i < N / 8; ++i) {
       const float2 scale = {__fmul_rn(s.token[i].x, s.block.x), __fmul_rn(s.token[i].y, s.block.x)};
-      sum[4 * i + 0] = fmaf(d[4 * i + 0], scale.x, sum[4 * i + 0]);
-      sum[4 * i + 1] = fmaf(d[4 * i + 1], scale.y, sum[4 * i + 1]);
-      sum[4 * i + 2] = fmaf(d[4 * i + 2], scale.x, sum[4 * i + 2]);
-      sum[4 * i + 3] = fmaf(d[4 * i + 3], scale.y, sum[4 * i + 3]);
+#pragma unroll
+      for (int j = 4 * i; j < 4 * i + 4; ++j) sum[j] = fmaf(d[j], j % 2 ? scale.y : scale.x, kFirst ? 0.f : sum[j]);
     }
   }
 
   // One chunk of L2. Scales are loaded during the multiply: afterwards the other warpgroup's multiply would hold them up.
-  template <bool kLast, typename LastStage>
-  __device__ __forceinline__ void step(float (&sum)[N / 2], LastStage&& last_stage) {
+  template <bool kFirst, bool kLast, typename Meanwhile, typename LastStage>
+  __device__ __forceinline__ void step(float (&sum)[N / 2], Meanwhile&& meanwhile, LastStage&& last_stage) {
     float d[N / 2];
     const Stage stage = take();
     multiply(d, stage.data);
+    for_each_constant<kPassEndPieces>(meanwhile);
     if constexpr (!kLast && kWaitAhead) wait_full();
     const Scales scales = load_scales(stage.data);
     ptx::wgmma_wait<0>();
-    promote_block(sum, d, scales);
+    promote_block<kFirst>(sum, d, scales);
     if constexpr (kLast) last_stage(sum, stage.data);
     release(stage);
     if constexpr (!kLast && !kWaitAhead) wait_full();

@@ -7,6 +7,9 @@
 
 namespace hopper_moe {
 
+// What is left to do with a pass's sums is done in so many pieces while the next pass's first products run.
+constexpr int kPassEndPieces = 4;
+
 struct MathThread {
   int warpgroup, warp, lane;    // warp: 0..3 in the warpgroup
 };
@@ -33,12 +36,6 @@ class StageReader {
   const MathThread me_;
 };
 
-template <int N>
-__device__ __forceinline__ void multiply_chunk(float (&d)[N / 2], const uint32_t* a, uint32_t tile_address, bool accumulate) {
-#pragma unroll
-  for (int group = 0; group < 4; ++group) ptx::wgmma(d, a + 4 * group, ptx::wgmma_descriptor(tile_address, group), accumulate || group > 0);
-}
-
 // Calls f(std::integral_constant<int, i>) for i = 0 .. kNum - 1: an unrolled loop whose index is a constant expression.
 template <typename F, int... I>
 __device__ __forceinline__ void for_each_constant(F&& f, std::integer_sequence<int, I...>) {
@@ -49,17 +46,28 @@ __device__ __forceinline__ void for_each_constant(F&& f) {
   for_each_constant(f, std::make_integer_sequence<int, kNum>{});
 }
 
-// A scale group's sums times their tokens' scales (shared address of N floats).
-template <int N>
+// A chunk's products, which begin the sums `d` or are added to them.
+template <int N, bool kBegins>
+__device__ __forceinline__ void multiply_chunk(float (&d)[N / 2], const uint32_t* a, uint32_t tile_address) {
+  for_each_constant<4>([&](auto step) {
+    constexpr int i = decltype(step)::value;
+    if constexpr (kBegins && i == 0) {
+      ptx::wgmma_begin(d, a + 4 * i, ptx::wgmma_descriptor(tile_address, i));
+    } else {
+      ptx::wgmma(d, a + 4 * i, ptx::wgmma_descriptor(tile_address, i));
+    }
+  });
+}
+
+// A scale group's sums times their tokens' scales (shared address of N floats), added to `sum` or, of the first group, alone.
+template <int N, bool kFirst = false>
 __device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N / 2], uint32_t scales, int lane) {
   const uint32_t mine = scales + lane % 4 * 8;
   for_each_constant<N / 8>([&](auto index) {
     constexpr int i = decltype(index)::value;
     const float2 scale = ptx::load_shared_float2<i * 32>(mine);
-    sum[4 * i + 0] = fmaf(d[4 * i + 0], scale.x, sum[4 * i + 0]);
-    sum[4 * i + 1] = fmaf(d[4 * i + 1], scale.y, sum[4 * i + 1]);
-    sum[4 * i + 2] = fmaf(d[4 * i + 2], scale.x, sum[4 * i + 2]);
-    sum[4 * i + 3] = fmaf(d[4 * i + 3], scale.y, sum[4 * i + 3]);
+#pragma unroll
+    for (int j = 4 * i; j < 4 * i + 4; ++j) sum[j] = fmaf(d[j], j % 2 ? scale.y : scale.x, kFirst ? 0.f : sum[j]);
   });
 }
 

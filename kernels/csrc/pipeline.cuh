@@ -30,14 +30,17 @@ static_assert(stage_end(8) <= kStageData && stage_end(16) <= kStageData && stage
               stage_end(96) <= kStageData && stage_end(128) <= kStageData);
 
 // The tasks of this CTA in the order it took them, posted by the weight producer for everybody else. Tasks are taken from one counter for the
-// whole grid: a task waits only for tasks with smaller numbers, which somebody has taken before, so nothing can wait in a circle.
-// A slot is reused kNumTaskSlots tasks later. The service warps are the last to read one, at most two tasks behind the math warps, which are
+// whole grid: a task waits only for tasks with smaller numbers, which somebody has taken before, so nothing can wait in a circle:
+// L2 tasks of a wave for its L1 tasks, and L1 tasks for the wave before. The math warps hold a task's result back until the next task's first
+// products run, but only if that is of the same kind and wave, so that nobody who is waited for holds what he waits for.
+// A slot is reused kNumTaskSlots tasks later. The service warps are the last to read one, at most three tasks behind the math warps, which are
 // at most kNumStages tasks behind the producer.
 constexpr int kNumTaskSlots = 16;
-static_assert(kNumTaskSlots > kNumStages + 4);
+static_assert(kNumTaskSlots > kNumStages + 5);
+constexpr int kTaskKinds = 512;
 struct TaskSlot {
   int index;       // in the task list; the list's length ends the CTA's work
-  int code;        // 2 * token tile + is_l1; 0 ends the CTA's work
+  int code;        // kTaskKinds * wave + 2 * token tile + is_l1; 0 ends the CTA's work
   int first_row;   // first packed row of the task in w13_base / w2_base, counted over all local experts
 };
 
@@ -127,7 +130,7 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
       const int num_chunks = (task.is_l1 ? s.hidden : s.intermediate) / kUnitK;
       const int num_row_tiles = task.is_l1 ? 2 * s.num_features_tiles() : s.num_row_tiles();
       const int passes = task.is_l1 ? 2 : 1, first_row_tile = task.block.expert * num_row_tiles + task.tile * passes;
-      slot.code = 2 * tile + task.is_l1;
+      slot.code = kTaskKinds * task.wave + 2 * tile + task.is_l1;
       slot.first_row = first_row_tile * kRowTile;
       feed.post();
       const uint8_t* weights = (task.is_l1 ? p.w13_packed : p.w2_packed) + int64_t{first_row_tile} * num_chunks * kRowTileBytes;

@@ -22,9 +22,7 @@ struct MathContext {
   __device__ __forceinline__ int row_in_tile() const { return me.warpgroup * kUnitRows + me.warp * 16 + me.lane / 4; }
   __device__ __forceinline__ void wait_tile() const { ptx::mbarrier_wait(tile.empty, (num_tasks_done & 1) ^ 1); }
   __device__ __forceinline__ void hand_over_tile() {
-    __syncwarp();
-    if (me.lane == 0) ptx::mbarrier_arrive(tile.full);
-    __syncwarp();
+    ptx::mbarrier_arrive(tile.full);
     ++num_tasks_done;
   }
   // Shared address where a lane's row of an 8 x 8 block goes: token `token`, 16-byte chunk `chunk` (8 columns).
@@ -41,88 +39,140 @@ __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
   return gate * ptx::reciprocal(1.f + ptx::exp2(-gate * kLog2E)) * up;
 }
 
-// 128 features in two passes of 128 packed rows: a thread's rows r and r + 8 are gate and up of one feature.
-template <int N>
-__device__ __forceinline__ void run_l1(MathContext& c, int first_row) {
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    const RowScales scales(c.p.w13_base + first_row + pass * kRowTile + c.row_in_tile());
-    float sum[N / 2];
-    MainLoop<N, true>(c.cursor, c.me).run(sum, c.p.shape.hidden / kUnitK, [](const float (&)[N / 2], uint32_t) {});
-    const float gate_scale = scales.low(), up_scale = scales.high(), limit = c.p.swiglu_limit;
-    if (pass == 0) c.wait_tile();
-    constexpr int kBlocks = N >= 32 ? 4 : N / 8;   // 8 x 8 blocks of one store
-    const int chunk = pass * 8 + c.me.warpgroup * 4 + c.me.warp;
-#pragma unroll
-    for (int i = 0; i < N / 8; i += kBlocks) {
-      uint32_t h[kBlocks];
-#pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        const float* v = sum + 4 * (i + j);
-        h[j] = ptx::to_bf16x2(swiglu(v[0] * gate_scale, v[2] * up_scale, limit), swiglu(v[1] * gate_scale, v[3] * up_scale, limit));
-      }
-      ptx::store_matrix_transposed(c.tile_address(8 * i + c.me.lane % (8 * kBlocks), chunk), h);
-    }
+// The next task as the math warps see it.
+struct MathTask {
+  int code, first_row;   // as in TaskSlot
+
+  __device__ __forceinline__ explicit MathTask(TaskFeed& feed) {
+    const TaskSlot& slot = feed.next();
+    code = warp_uniform(slot.code);
+    first_row = warp_uniform(slot.first_row);
   }
-  c.hand_over_tile();
+};
+
+// What is left to do with the sums of a pass, in kPassEndPieces pieces: they are called while the next pass's first products run.
+struct PassEnd {
+  bool there = false;
+  int pass = 0;
+  float low = 0.f, high = 0.f;   // scales of the rows r and r + 8
+
+  __device__ __forceinline__ void begin(int its_pass, const RowScales& scales) {
+    there = true;
+    pass = its_pass;
+    low = scales.low();
+    high = scales.high();
+  }
+};
+
+// Rows r and r + 8 of a thread are gate and up of one feature. A tile has two passes.
+template <int N, int kPiece>
+__device__ __forceinline__ void end_l1_pass(MathContext& c, const float (&sum)[N / 2], const PassEnd& end) {
+  constexpr int kBlocks = N >= 32 ? 4 : N / 8;   // 8 x 8 blocks of one store
+  constexpr int i = kPiece * kBlocks;
+  const float limit = c.p.swiglu_limit;
+  if (kPiece == 0 && end.pass == 0) c.wait_tile();
+  if constexpr (i < N / 8) {
+    const int chunk = end.pass * 8 + c.me.warpgroup * 4 + c.me.warp;
+    uint32_t h[kBlocks];
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      const float* v = sum + 4 * (i + j);
+      h[j] = ptx::to_bf16x2(swiglu(v[0] * end.low, v[2] * end.high, limit), swiglu(v[1] * end.low, v[3] * end.high, limit));
+    }
+    ptx::store_matrix_transposed(c.tile_address(8 * i + c.me.lane % (8 * kBlocks), chunk), h);
+  }
+  if (kPiece == kPassEndPieces - 1 && end.pass == 1) c.hand_over_tile();
 }
 
-// 128 output columns, times the routing weight.
-template <int N>
-__device__ __forceinline__ void run_l2(MathContext& c, int first_row) {
-  const RowScales scales(c.p.w2_base + first_row + c.row_in_tile());
-  float sum[N / 2];
-  MainLoop<N, false>(c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, [&](float (&sum)[N / 2], uint32_t stage) {
-    const uint32_t weights = stage + stage_row_weights(N) + c.me.lane % 4 * 8;
-    for_each_constant<N / 8>([&](auto index) {
-      constexpr int i = decltype(index)::value;
-      const float2 weight = ptx::load_shared_float2<i * 32>(weights);
-      sum[4 * i] *= weight.x;
-      sum[4 * i + 1] *= weight.y;
-      sum[4 * i + 2] *= weight.x;
-      sum[4 * i + 3] *= weight.y;
-    });
-  });
-  const float low = scales.low(), high = scales.high();
-  c.wait_tile();
+// 128 output columns, the routing weights in the sums already.
+template <int N, int kPiece>
+__device__ __forceinline__ void end_l2_pass(MathContext& c, const float (&sum)[N / 2], const PassEnd& end) {
   constexpr int kBlocks = N >= 16 ? 4 : 2;   // two of them (rows r and r + 8) per 8 tokens
+  constexpr int kTokenBlocks = N / 8 < kPassEndPieces ? kPiece == 0 ? N / 8 : 0 : N / 8 / kPassEndPieces;   // of a piece
   const int block = c.me.lane / 8 % kBlocks, chunk = (c.me.warpgroup * 4 + c.me.warp) * 2 + block % 2;
+  if (kPiece == 0) c.wait_tile();
 #pragma unroll
-  for (int i = 0; i < N / 8; i += kBlocks / 2) {
+  for (int i = kPiece * kTokenBlocks; i < (kPiece + 1) * kTokenBlocks; i += kBlocks / 2) {
     uint32_t y[kBlocks];
 #pragma unroll
     for (int j = 0; j < kBlocks / 2; ++j) {
       const float* v = sum + 4 * (i + j);
-      y[2 * j] = ptx::to_bf16x2(v[0] * low, v[1] * low);
-      y[2 * j + 1] = ptx::to_bf16x2(v[2] * high, v[3] * high);
+      y[2 * j] = ptx::to_bf16x2(v[0] * end.low, v[1] * end.low);
+      y[2 * j + 1] = ptx::to_bf16x2(v[2] * end.high, v[3] * end.high);
     }
     ptx::store_matrix_transposed(c.tile_address(8 * (i + block / 2) + c.me.lane % 8, chunk), y);
   }
-  c.hand_over_tile();
+  if (kPiece == kPassEndPieces - 1) c.hand_over_tile();
+}
+
+// This task and all that follow with the same code. L1: 128 features in two passes of 128 packed rows.
+template <int N>
+__device__ __forceinline__ void run_l1(MathContext& c, TaskFeed& feed, MathTask& task) {
+  const int code = task.code;
+  float sum[N / 2] = {};
+  PassEnd end;
+  auto piece_of_end = [&](auto piece) {
+    if (end.there) end_l1_pass<N, decltype(piece)::value>(c, sum, end);
+  };
+  do {
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      const RowScales scales(c.p.w13_base + task.first_row + pass * kRowTile + c.row_in_tile());
+      MainLoop<N, true>(c.cursor, c.me).run(sum, c.p.shape.hidden / kUnitK, piece_of_end, [](const float (&)[N / 2], uint32_t) {});
+      end.begin(pass, scales);
+    }
+    task = MathTask(feed);
+  } while (task.code == code);
+  for_each_constant<kPassEndPieces>(piece_of_end);
+}
+
+// L2: 128 output columns, times the routing weight.
+template <int N>
+__device__ __forceinline__ void run_l2(MathContext& c, TaskFeed& feed, MathTask& task) {
+  const int code = task.code;
+  float sum[N / 2] = {};
+  PassEnd end;
+  auto piece_of_end = [&](auto piece) {
+    if (end.there) end_l2_pass<N, decltype(piece)::value>(c, sum, end);
+  };
+  do {
+    const RowScales scales(c.p.w2_base + task.first_row + c.row_in_tile());
+    MainLoop<N, false>(c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, piece_of_end, [&](float (&sum)[N / 2], uint32_t stage) {
+      const uint32_t weights = stage + stage_row_weights(N) + c.me.lane % 4 * 8;
+      for_each_constant<N / 8>([&](auto index) {
+        constexpr int i = decltype(index)::value;
+        const float2 weight = ptx::load_shared_float2<i * 32>(weights);
+        sum[4 * i] *= weight.x;
+        sum[4 * i + 1] *= weight.y;
+        sum[4 * i + 2] *= weight.x;
+        sum[4 * i + 3] *= weight.y;
+      });
+    });
+    end.begin(0, scales);
+    task = MathTask(feed);
+  } while (task.code == code);
+  for_each_constant<kPassEndPieces>(piece_of_end);
 }
 
 template <int N>
-__device__ __forceinline__ void run_task(MathContext& c, bool is_l1, int first_row) {
-  if (is_l1) {
-    run_l1<N>(c, first_row);
+__device__ __forceinline__ void run_tasks(MathContext& c, TaskFeed& feed, MathTask& task) {
+  if (task.code % 2) {
+    run_l1<N>(c, feed, task);
   } else {
-    run_l2<N>(c, first_row);
+    run_l2<N>(c, feed, task);
   }
 }
 
 __device__ __forceinline__ void run_math(MathContext& c, TaskFeed feed) {
-  while (true) {
-    const TaskSlot& slot = feed.next();
-    const int code = warp_uniform(slot.code), first_row = warp_uniform(slot.first_row);
-    if (code == 0) break;
-    const bool is_l1 = code % 2;
-    switch (code / 2) {
-      case 8: run_task<8>(c, is_l1, first_row); break;
-      case 16: run_task<16>(c, is_l1, first_row); break;
-      case 32: run_task<32>(c, is_l1, first_row); break;
-      case 64: run_task<64>(c, is_l1, first_row); break;
-      case 96: run_task<96>(c, is_l1, first_row); break;
-      default: run_task<128>(c, is_l1, first_row); break;
+  MathTask task(feed);
+  while (task.code != 0) {
+    switch (task.code % kTaskKinds / 2) {
+      case 8: run_tasks<8>(c, feed, task); break;
+      case 16: run_tasks<16>(c, feed, task); break;
+      case 32: run_tasks<32>(c, feed, task); break;
+      case 64: run_tasks<64>(c, feed, task); break;
+      case 96: run_tasks<96>(c, feed, task); break;
+      default: run_tasks<128>(c, feed, task); break;
     }
   }
 }

@@ -124,12 +124,7 @@ struct Task {
   bool is_l1;
   TokenBlock block;
   int tile;    // L1: tile of 128 features (256 rows of w13). L2: tile of 128 rows of w2
-
-  __device__ __forceinline__ Task uniform() const {
-    return {static_cast<bool>(warp_uniform(is_l1)),
-            {warp_uniform(block.expert), warp_uniform(block.index), warp_uniform(block.row), warp_uniform(block.tile), warp_uniform(block.num_rows)},
-            warp_uniform(tile)};
-  }
+  int wave;
 };
 
 // Wave by wave: all L1 tasks, block by block, then all L2 tasks, column group by column group: while one group's tokens are combined the next
@@ -147,9 +142,10 @@ struct TaskList {
 
   __device__ Task get(const ExpertTable& table, const MegaMoeParams& p, int index) const {
     const int l1_per_block = p.shape.num_features_tiles();
-    int first = 0, last = num_blocks;   // blocks of the task's wave
+    int wave = 0, first = 0, last = num_blocks;   // blocks of the task's wave
     if (!one_wave) {
-      const int per_block = l1_per_block + p.shape.num_row_tiles(), wave = wave_of_block(table, p, index / per_block);
+      const int per_block = l1_per_block + p.shape.num_row_tiles();
+      wave = wave_of_block(table, p, index / per_block);
       first = WaveBegin(table, p, wave).block;
       last = WaveBegin(table, p, wave + 1).block;
       index -= first * per_block;
@@ -157,12 +153,12 @@ struct TaskList {
     const int num_l1 = (last - first) * l1_per_block;
     if (index < num_l1) {
       const int block = index / l1_per_block;
-      return {true, token_block(table, p, first + block), index - block * l1_per_block};
+      return {true, token_block(table, p, first + block), index - block * l1_per_block, wave};
     }
     index -= num_l1;
     const int per_group = (last - first) * kGroupTiles, group = index / per_group;
     const int rest = index - group * per_group, width = group_width(p.shape, group), block = rest / width;
-    return {false, token_block(table, p, first + block), group * kGroupTiles + rest - block * width};
+    return {false, token_block(table, p, first + block), group * kGroupTiles + rest - block * width, wave};
   }
 };
 

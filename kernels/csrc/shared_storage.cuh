@@ -23,7 +23,7 @@ struct TileBarriers {
   uint32_t full, empty;
   __device__ explicit TileBarriers(SharedStorage& smem) : full(ptx::smem_address(&smem.tile_full)), empty(ptx::smem_address(&smem.tile_empty)) {}
   __device__ void init() const {
-    ptx::mbarrier_init(full, kMathWarps);
+    ptx::mbarrier_init(full, kMathWarps * 32);
     ptx::mbarrier_init(empty, kServiceWarps);
   }
 };
