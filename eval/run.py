@@ -19,8 +19,8 @@ from tqdm import tqdm
 from hopper_moe.eval.benchmarks import Benchmark
 from hopper_moe.eval.journal import LOCK, Journal, RunLock
 from hopper_moe.eval.sampler import Sampler
-from hopper_moe.eval.signals import handled
 from hopper_moe.eval.statistics import Attempt, active_seconds, summarize
+from hopper_moe.launch.signals import handled
 from hopper_moe.moe_backends.errors import Refusal
 
 COMPLETE, INTERRUPTED, NO_SERVER = 0, 130, 4

@@ -24,12 +24,12 @@ from hopper_moe.eval.benchmark_cli import run_benchmark
 from hopper_moe.eval.benchmarks import DATA
 from hopper_moe.eval.compare_cli import compare_folders
 from hopper_moe.eval.sabotage import sabotages
-from hopper_moe.eval.serving import free_port
 from hopper_moe.launch.cpu_host import create_app
 from hopper_moe.launch.cpu_host_engine import Engine
 from hopper_moe.launch.cpu_host_experts import use_kernel
 from hopper_moe.launch.cpu_host_model import load
 from hopper_moe.launch.demo import tiny_model
+from hopper_moe.launch.ports import free_port
 
 MARGIN = 0.01
 CONCURRENCY = 128  # the host batches prompts of equal length only: more waiting, larger batches

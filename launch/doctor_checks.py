@@ -113,10 +113,10 @@ def sglang() -> list[Finding]:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         return [Finding(NOTE, "sglang", "not installed: pip install 'sglang-hopper-moe[sglang]' to serve on a Hopper GPU")]
-    table = seams.pinned_version(version)
-    if table is None:
-        supported = " or ".join(seams.VERSIONS)
-        return [Finding(FAIL, "sglang", f"{version} is not supported by hopper_moe: install sglang=={supported}")]
+    try:
+        table = seams.pinned_version(version)
+    except Refusal as refusal:
+        return [Finding(FAIL, "sglang", str(refusal))]
     return [_ranged("sglang", version, Version(version)), _seams(table)]
 
 

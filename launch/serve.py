@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import socket
 import sys
 
 import click
 
 from hopper_moe.launch import machine as machines
 from hopper_moe.launch.model_facts import read_model, require_complete
+from hopper_moe.launch.ports import port_problem
 from hopper_moe.launch.preflight import check, workspace_line
 from hopper_moe.launch.sglang_args import LaunchPlan, parse
 from hopper_moe.moe_backends.arguments import BACKEND
@@ -42,7 +42,9 @@ def serve(ctx: click.Context, model: str, dry_run: bool) -> None:
     report = check(plan, facts, found, settings())
     for line in report.lines:
         click.echo(f"preflight: {line}")
-    problems = [*report.refusals, *_port_problem(plan)]
+    problems = list(report.refusals)
+    if problem := port_problem(plan.host, plan.port):
+        problems.append(f"--host {plan.host} --port {plan.port} cannot be used ({problem}): choose a free one.")
     _require_none(problems)
     require_complete(model, facts)
     if line := workspace_line(report, settings()):
@@ -92,14 +94,3 @@ def _serve_on_cpu(plan: LaunchPlan, kernel: str, dry_run: bool) -> None:
     from hopper_moe.launch import cpu_host
 
     cpu_host.serve(plan.model, host=plan.host, port=plan.port, kernel=kernel)
-
-
-def _port_problem(plan: LaunchPlan) -> list[str]:
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(plan.host, plan.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return [f"--host {plan.host} --port {plan.port} cannot be used ({error.strerror or error}): choose a free one."]
-    return []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hopper_moe.moe_backends.arguments import BACKEND, ModelFacts, ServingPlan
 from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.moe_backends.seams import VERSIONS, pinned_version
+from hopper_moe.moe_backends.seams import pinned_version
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +27,7 @@ def installed_version() -> str:
 
 def table_version() -> str:
     """Which pinned table describes the installed SGLang. Raises `Refusal` for versions that none describes."""
-    found = pinned_version(installed_version())
-    if found is None:
-        raise Refusal(f"SGLang {installed_version()} is not supported by hopper_moe: install sglang=={' or '.join(VERSIONS)}.")
-    return found
+    return pinned_version(installed_version())
 
 
 def is_legacy() -> bool:

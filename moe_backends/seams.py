@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 from packaging.version import Version
 
+from hopper_moe.moe_backends.errors import Refusal
+
 Table = Mapping[str, str]
 
 _RUN_MEGA = (
@@ -94,12 +96,14 @@ WORKER: Mapping[str, Table] = {
 VERSIONS = tuple(LAUNCHER)
 
 
-def pinned_version(installed: str) -> str | None:
-    """The table for an installed SGLang: its own, the newest table for anything newer, None for anything else."""
+def pinned_version(installed: str) -> str:
+    """The table for an installed SGLang: its own, the newest table for anything newer. Raises `Refusal` for anything else."""
     if installed in LAUNCHER:
         return installed
     newest = max(VERSIONS, key=Version)
-    return newest if Version(installed) > Version(newest) else None
+    if Version(installed) > Version(newest):
+        return newest
+    raise Refusal(f"SGLang {installed} is not supported by hopper_moe: install sglang=={' or '.join(VERSIONS)}.")
 
 
 def check(table: Table) -> list[str]:

@@ -1,7 +1,9 @@
-"""Shared test set-up: the `gpu` marker, and a logged seed for fresh random data."""
+"""Shared test set-up: the `gpu` marker, a logged seed for fresh random data, and a stand-in for SGLang's server."""
 
 import os
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +39,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def seed() -> int:
     """Seed of this run's random data; fresh in every run, printed in pytest's header."""
     return int(os.environ["TEST_SEED"])
+
+
+@pytest.fixture
+def sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A function that puts a program in the place of SGLang's server, for every process that the test starts."""
+
+    def put(program: str) -> None:
+        (tmp_path / "sglang").mkdir()
+        (tmp_path / "sglang" / "__init__.py").touch()
+        (tmp_path / "sglang" / "launch_server.py").write_text(program)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    return put

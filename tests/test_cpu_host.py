@@ -14,13 +14,13 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from hopper_moe.eval.serving import free_port
 from hopper_moe.eval.tiny_model.config import build_model
 from hopper_moe.launch.cpu_host import create_app
 from hopper_moe.launch.cpu_host_engine import Engine, Request
 from hopper_moe.launch.cpu_host_experts import use_kernel
 from hopper_moe.launch.cpu_host_model import load
 from hopper_moe.launch.demo import tiny_model
+from hopper_moe.launch.ports import free_port
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.checkpoint import write_checkpoint
 from hopper_moe.quantization.checkpoint_names import original_config, to_original_names

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from processes import STUBBORN, has_said, wait_for
 
 from hopper_moe.eval import serving
+from hopper_moe.launch.server_process import servers
 from hopper_moe.moe_backends.errors import Refusal
 
 SERVER = """
@@ -64,8 +68,8 @@ def test_no_server_outlives_its_evaluation(tmp_path: Path, number: int) -> None:
 def test_what_was_ignored_stays_ignored() -> None:
     """nohup: the run goes on when its terminal closes."""
     program = (
-        "import signal, time; from hopper_moe.eval.serving import _signals_as_exits\n"
-        "with _signals_as_exits(): print('in', flush=True); time.sleep(3)\n"
+        "import time; from hopper_moe.launch.server_process import servers\n"
+        "with servers(): print('in', flush=True); time.sleep(3)\n"
         "print('out')"
     )
     ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
@@ -77,17 +81,25 @@ def test_what_was_ignored_stays_ignored() -> None:
 
 
 def test_a_server_that_was_there_before_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    port = serving.free_port()
-    other = subprocess.Popen([sys.executable, "-c", SERVER, str(port), "reference"])
-    try:
-        monkeypatch.setattr(serving, "free_port", lambda: port)
-        sleep = ([sys.executable, "-c", "import time; time.sleep(600)"], dict(os.environ))
-        monkeypatch.setattr(serving, "server_command", lambda *_: sleep)
-        with (
-            pytest.raises(Refusal, match="answered by another server, with kernel reference"),
-            serving.served("model", "w4a16", tmp_path / "log"),
-        ):
+    """Nor one that takes the port while ours starts, which the CPU host's kernel tells."""
+    with socket.create_server(("127.0.0.1", 0)) as other, monkeypatch.context() as patch:
+        patch.setattr(serving, "free_port", lambda: other.getsockname()[1])
+        with pytest.raises(Refusal, match="cannot be used"), serving.served("model", "w4a16", tmp_path / "log"):
             pytest.fail("the other server was taken")
-    finally:
-        other.kill()
-        other.wait()
+    command = [sys.executable, "-c", SERVER]
+    monkeypatch.setattr(serving, "server_command", lambda _, __, port: ([*command, str(port), "reference"], {}))
+    with (
+        pytest.raises(Refusal, match="answered by another server, with kernel reference"),
+        serving.served("model", "w4a16", tmp_path / "log"),
+    ):
+        pytest.fail("the other server was taken")
+
+
+def test_a_signal_while_servers_are_stopped_is_not_lost(tmp_path: Path) -> None:
+    """It ends the wait for a server that takes its time, and then the command: no next kernel is served."""
+    with pytest.raises(SystemExit), servers() as group:
+        server = group.start([sys.executable, "-c", STUBBORN], port=serving.free_port(), log=tmp_path / "log")
+        wait_for(lambda: has_said(server.log))
+        begun = time.monotonic()
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert time.monotonic() - begun < 15 and not server.is_alive()

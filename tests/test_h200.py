@@ -8,19 +8,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from click.testing import CliRunner
+from processes import SLEEPER, has_said, runs, wait_for
 from stub_server import Stub
 
-from hopper_moe.eval.serving import free_port
-from hopper_moe.launch.h200 import bench, breakdown, compare, report, serve, server, soak
+from hopper_moe.launch.h200 import bench, breakdown, compare, report, serve, soak
 from hopper_moe.launch.h200.bench import decode_pace, first_round, loads
 from hopper_moe.launch.h200.random_checkpoint import mtp_shapes, random_state, tensor_shapes
-from hopper_moe.launch.h200.server import log_facts, serving
+from hopper_moe.launch.h200.server import log_facts, start
+from hopper_moe.launch.ports import free_port
+from hopper_moe.launch.server_process import servers
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.checkpoint import write_checkpoint
 from hopper_moe.quantization.checkpoint_names import QUANTIZATION_CONFIG
@@ -46,61 +46,35 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 LAUNCHER = (sys.executable, "-c", FAKE)
 
 
-def child_is_gone(log: Path) -> bool:
-    pid = log.read_text().split()[1]
-    for _ in range(50):
-        if not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def test_a_server_is_waited_for_and_ended_with_its_children(tmp_path):
     log = tmp_path / "server.log"
-    with serving("model", port=free_port(), log=log, launcher=LAUNCHER, ready_timeout=30, arguments=("--x",)) as server:
+    with servers() as group:
+        server = start(group, "model", port=free_port(), log=log, launcher=LAUNCHER, ready_timeout=30, arguments=("--x",))
         assert server.is_alive() and 0 < server.seconds_to_ready < 30
         assert server.command[3:] == ["--model-path", "model", "--moe-runner-backend", "hopper_moe", "--host", "127.0.0.1",
                                       "--port", str(server.port), "--x"]  # fmt: skip
-    assert not server.is_alive() and child_is_gone(log)
+    assert not server.is_alive()
+    wait_for(lambda: not runs(log))
 
 
 def test_a_server_that_ends_is_reported_with_its_words(tmp_path):
-    log = tmp_path / "server.log"
-    with pytest.raises(Refusal, match="(?s)ended with code 1.*out of memory"):
-        with serving("model", port=free_port(), log=log, launcher=LAUNCHER, ready_timeout=30, arguments=("--crash",)):
-            pass
-    assert child_is_gone(log)
+    """Also while another server answers on its port. What it has started ends at once, whatever becomes of the others."""
+    log, port, launcher = tmp_path / "server.log", free_port(), (sys.executable, "-c", FAKE)
+    with servers() as group:
+        crashes = group.start([*launcher, "--port", str(port), "--crash"], port=port, log=log)
+        other = group.start([*launcher, "--port", str(port)], port=port, log=tmp_path / "other.log")
+        other.wait_until_ready(30)
+        crashes.process.wait()
+        with pytest.raises(Refusal, match="(?s)the server ended with code 1; .*log ends with:.*out of memory"):
+            crashes.wait_until_ready(30)
+        wait_for(lambda: not runs(log))
+        assert other.is_alive()
 
 
 def test_a_port_that_another_server_has_is_refused(tmp_path):
     """That one answers /health as ours would."""
-    with Stub() as stub, pytest.raises(Refusal, match=r"port \d+ of 127.0.0.1 cannot be used"):
-        with serving("model", port=stub.server.server_address[1], log=tmp_path / "log", launcher=LAUNCHER):
-            pass
-
-
-def test_a_server_that_ended_is_not_ready_whoever_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(server, "_is_healthy", lambda url: True)
-    launcher = (sys.executable, "-c", "raise SystemExit('no memory')")
-    started = server.start("model", port=free_port(), log=tmp_path / "log", launcher=launcher)
-    started.process.wait()
-    with pytest.raises(Refusal, match="(?s)ended with code 1.*no memory"):
-        server.wait_until_ready(started)
-
-
-@pytest.fixture
-def sglang(tmp_path, monkeypatch):
-    """A function that puts a program in the place of SGLang's server. SIGTERM is as before afterwards."""
-
-    def put(program: str) -> None:
-        (tmp_path / "sglang").mkdir()
-        (tmp_path / "sglang" / "__init__.py").touch()
-        (tmp_path / "sglang" / "launch_server.py").write_text(program)
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-
-    before = signal.getsignal(signal.SIGTERM)
-    yield put
-    signal.signal(signal.SIGTERM, before)
+    with Stub() as stub, servers() as group, pytest.raises(Refusal, match=r"port \d+ of 127.0.0.1 cannot be used"):
+        start(group, "model", port=stub.server.server_address[1], log=tmp_path / "log", launcher=LAUNCHER)
 
 
 def test_serve_gives_up_and_says_what_the_server_said(tmp_path, sglang):
@@ -112,27 +86,18 @@ def test_serve_gives_up_and_says_what_the_server_said(tmp_path, sglang):
     assert result.output.endswith("ends with:\n['--model-path', '/no/such/model'] is not my kind\n")
 
 
-def wait_for(found: Callable[[], bool]) -> None:
-    for _ in range(300):
-        if found():
-            return
-        time.sleep(0.1)
-    raise AssertionError("did not happen within 30 s")
-
-
 @pytest.mark.parametrize("stagger", [[], ["--stagger", "0.1"]])
 def test_a_benchmark_that_is_ended_leaves_no_server_behind(tmp_path, sglang, stagger):
-    sglang("import os, time; print(os.getpid(), flush=True); time.sleep(1000)")
+    sglang(SLEEPER)
     program = f"from hopper_moe.launch.h200 import bench; bench.FIRST_PORT = {free_port()}; bench.main()"
     command = [sys.executable, "-c", program, "model", "--backends", "a,b", "--out", str(tmp_path), *stagger]
     logs = [tmp_path / f"server-{backend}.log" for backend in ("ab" if stagger else "a")]
     process = subprocess.Popen(command)
     try:
-        wait_for(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
+        wait_for(lambda: all(map(has_said, logs)))
         process.terminate()
         assert process.wait(30) == 143
-        for log in logs:
-            assert not Path(f"/proc/{log.read_text().strip()}").exists()
+        assert not any(map(runs, logs))
     finally:
         process.kill()
         for log in logs:
@@ -143,11 +108,11 @@ def test_a_benchmark_that_is_ended_leaves_no_server_behind(tmp_path, sglang, sta
 def test_a_server_that_does_not_start_costs_the_benchmark_its_backend_only(tmp_path, sglang, monkeypatch):
     sglang(FAKE.replace('"--crash" in sys.argv', 'sys.argv[4] == "bad"'))
     monkeypatch.setattr(bench, "FIRST_PORT", free_port())
-    with contextlib.ExitStack() as stack:
-        servers, problems = bench.start_all(stack, "model", ["good", "bad"], tmp_path, None, [])
-        assert list(servers) == ["good"] and servers["good"].is_alive()
+    with ThreadPoolExecutor(2) as pool, servers() as group:
+        started, problems = bench.start_all(group, pool, "model", ["good", "bad"], tmp_path, None, [])
+        assert list(started) == ["good"] and started["good"].is_alive()
         assert len(problems) == 1 and problems[0].startswith("bad: the server ended") and "out of memory" in problems[0]
-    assert not servers["good"].is_alive()
+    assert not started["good"].is_alive()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """The table of the CUDA kernels, end to end, with the CPU host in SGLang's place: servers, questions, comparison, table."""
 
+import contextlib
 import os
+import signal
+import subprocess
 import sys
 from functools import partial
 from importlib.metadata import distributions, entry_points
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from processes import SLEEPER, STUBBORN, has_said, runs, wait_for
 
 from hopper_moe.eval.benchmarks import WORD_PROBLEMS
 from hopper_moe.eval.gpu_model import h200_table
@@ -29,7 +33,7 @@ MARKS = "<!-- table of truth, H200: begin (written by table_of_truth.py) -->\n\n
 
 
 def test_table_is_written_from_served_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(h200_table, "serving", partial(h200_table.serving, launcher=(sys.executable, "-c", HOST)))
+    monkeypatch.setattr(h200_table, "start", partial(h200_table.start, launcher=(sys.executable, "-c", HOST)))
     readme = tmp_path / "README.md"
     readme.write_text(MARKS)
     arguments = ["--kernels", "reference,w4a16", "--no-sabotages", "--no-log-probabilities", "--num-examples", "16"]
@@ -41,6 +45,31 @@ def test_table_is_written_from_served_kernels(tmp_path: Path, monkeypatch: pytes
     assert len(lines) == 3 and lines[1].startswith("| reference (W4A8) | ") and "w4a16" in lines[2]
     assert readme.read_text().endswith("end\n") and (tmp_path / "table_of_truth_h200.png").exists()
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"reference", "w4a16", "servers"}
+
+
+@pytest.mark.parametrize(("number", "program"), [(signal.SIGHUP, SLEEPER), (signal.SIGTERM, STUBBORN)], ids=["hup", "stubborn"])
+def test_a_table_that_is_ended_leaves_no_server_behind(tmp_path: Path, sglang, number: int, program: str) -> None:
+    """While its servers start, which it does from threads. Told twice, it waits for none of them."""
+    sglang(program)
+    command = [sys.executable, "-c", "from hopper_moe.eval.gpu_model.h200_table import main; main()", "--no-sabotages"]
+    command += ["--kernels", "reference,w4a16,marlin", "--model", str(tiny_model()), "--out", str(tmp_path / "out")]
+    logs = [tmp_path / "out" / "servers" / f"{name}.log" for name in ("reference", "w4a16", "marlin")]
+    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    try:
+        wait_for(lambda: all(map(has_said, logs)))
+        process.send_signal(number)
+        if program == STUBBORN:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.send_signal(number)
+        process.wait(10)
+        assert not any(map(runs, logs))
+    finally:
+        process.kill()
+        process.wait()
+        for log in logs:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(log.read_text()), signal.SIGKILL)
 
 
 def test_exact_experts_are_a_plugin_of_one_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

@@ -281,7 +281,7 @@ def test_doctor_says_that_an_sglang_between_the_supported_ones_is_not(version, m
     monkeypatch.setattr(doctor_checks.importlib.metadata, "version", lambda name: version)
     (finding,) = doctor_checks.sglang()
     assert finding.verdict == "FAIL" and finding.subject == "sglang"
-    assert finding.text.startswith(f"{version} is not supported") and "sglang==0.5.23 or 0.5.17" in finding.text
+    assert finding.text.startswith(f"SGLang {version} is not supported") and "sglang==0.5.23 or 0.5.17" in finding.text
 
 
 def test_third_party_kernels_check_notices_our_folder(monkeypatch):

@@ -17,9 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,12 @@ from hopper_moe.eval.benchmarks import DATA
 from hopper_moe.eval.compare_cli import compare_folders
 from hopper_moe.eval.gpu_model import exact_experts
 from hopper_moe.eval.sabotage import sabotaged_checkpoint, sabotages
-from hopper_moe.eval.serving import fingerprint, free_port
+from hopper_moe.eval.serving import fingerprint
 from hopper_moe.eval.table_of_truth import MARGIN, markdown, plot, write_table
 from hopper_moe.launch.h200.compare import answers, summary
-from hopper_moe.launch.h200.server import Server, serving
+from hopper_moe.launch.h200.server import start
+from hopper_moe.launch.ports import free_port
+from hopper_moe.launch.server_process import ServerProcess, servers
 from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.env_table import KERNELS
 from hopper_moe.moe_backends.errors import Refusal
@@ -91,31 +91,6 @@ def sabotaged_row(name: str, model: Path, kernel: str, out: Path) -> Row:
     return Row(name, checkpoint, BACKEND, {"HOPPER_MOE_KERNEL": kernel}, sabotage=True)
 
 
-@contextmanager
-def started(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ...]) -> Iterator[dict[Future, Row]]:
-    """A future of the server of every row, all starting at once; what runs is stopped at the end of the block."""
-
-    def start(row: Row) -> Server:
-        return stack.enter_context(
-            serving(
-                str(row.model),
-                backend=row.backend,
-                port=free_port(),
-                log=out / "servers" / f"{row.folder}.log",
-                ready_timeout=timeout,
-                environment=row.environment,
-                arguments=(*SGLANG_ARGUMENTS, *row.arguments, *arguments),
-            )
-        )
-
-    with ExitStack() as stack, ThreadPoolExecutor(max(len(rows), 1)) as pool:
-        servers = {pool.submit(start, row): row for row in rows}
-        yield servers
-        for server in servers:
-            if not server.exception():
-                server.result().terminate()
-
-
 def ask(url: str, out: Path, name: str, checkpoint: str, num_examples: int | None, data: Path, compared: int) -> str:
     """All questions to one server, in a process of its own: graders need the main thread. Returns what went wrong, or nothing.
 
@@ -143,19 +118,26 @@ def ask_all(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ..
 
     with (
         ProcessPoolExecutor(max(len(rows), 1), mp_context=multiprocessing.get_context("spawn")) as pool,
-        started(rows, out, timeout, arguments) as servers,
+        ThreadPoolExecutor(max(len(rows), 1)) as threads,
+        servers() as group,  # last: stopped servers end every wait and every question
     ):
+        starts: dict[Future, Row] = {}
+        for row in rows:
+            how = {"port": free_port(), "log": out / "servers" / f"{row.folder}.log", "ready_timeout": timeout}
+            how |= {"backend": row.backend, "environment": row.environment}
+            how |= {"arguments": (*SGLANG_ARGUMENTS, *row.arguments, *arguments)}
+            starts[threads.submit(start, group, str(row.model), **how)] = row
         asked: dict[Future, Row] = {}
-        started_by_row: dict[str, Server] = {}
-        for future in as_completed(servers):
-            row = servers[future]
+        started: dict[str, ServerProcess] = {}
+        for future in as_completed(starts):
+            row = starts[future]
             try:
                 server = future.result()
             except Refusal as refusal:
                 wrong[row.name] = str(refusal)
                 say(row, f"no server: {refusal}")
                 continue
-            started_by_row[row.name] = server
+            started[row.name] = server
             say(row, f"ready after {server.seconds_to_ready:.0f} s")
             asked[pool.submit(ask, server.url, out, row.folder, fingerprint(str(row.model)), **what)] = row
         for future in as_completed(asked):
@@ -164,7 +146,7 @@ def ask_all(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ..
             if problem:
                 wrong[row.name] = problem
             say(row, problem or "asked")
-            started_by_row[row.name].terminate()  # an idle scheduler keeps a core busy
+            started[row.name].send(signal.SIGTERM)  # an idle scheduler keeps a core busy
     return wrong
 
 
@@ -227,7 +209,6 @@ def main(
     out: Path,
     sglang_arguments: tuple[str, ...],
 ) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers stop with us
     rows = [row_of(name, model, out) for name in kernels.split(",")]
     rows += [sabotaged_row(name, model, sabotage_with, out) for name in (sabotages(1.0) if with_sabotages else ())]
     what = {"num_examples": num_examples, "data": data, "compared": COMPARED if log_probabilities else 0}

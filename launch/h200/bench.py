@@ -13,14 +13,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,8 @@ import click
 
 from hopper_moe.kernels.benchmarks.options import RefusingCommand
 from hopper_moe.launch.h200.load import Load, measure
-from hopper_moe.launch.h200.server import Server, start, stop, wait_until_ready
+from hopper_moe.launch.h200.server import log_facts, start
+from hopper_moe.launch.server_process import ServerProcess, Servers, servers
 from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.errors import Refusal
 
@@ -60,49 +58,36 @@ def first_round(planned: Sequence[Load]) -> list[Load]:
 
 
 def start_all(
-    stack: ExitStack, model: str, backends: Sequence[str], out: Path, stagger: float | None, arguments: Sequence[str]
-) -> tuple[dict[str, Server], list[str]]:
-    """(servers by backend, one line for each that did not start); stopped when `stack` closes.
+    group: Servers,
+    pool: ThreadPoolExecutor,
+    model: str,
+    backends: Sequence[str],
+    out: Path,
+    stagger: float | None,
+    arguments: Sequence[str],
+) -> tuple[dict[str, ServerProcess], list[str]]:
+    """(servers by backend, one line for each that did not start). `pool` has a thread for each.
 
     `stagger`: seconds between starts; None: each when the last is up.
     """
-    pool = ThreadPoolExecutor(len(backends))
-    stack.callback(pool.shutdown)  # after the servers are stopped, which ends every wait
-    waits: dict[str, Future[Server]] = {}
-    problems = []
+    starts: dict[str, Future[ServerProcess]] = {}
     for number, backend in enumerate(backends):
         if number and stagger:
             time.sleep(stagger)
-        try:
-            port, log = FIRST_PORT + 100 * number, out / f"server-{backend}.log"
-            server = start(model, backend=backend, port=port, log=log, arguments=arguments)
-        except Refusal as refusal:
-            problems.append(f"{backend}: {refusal}")
-            continue
-        stack.callback(stop, server)  # here and not in a thread: an interrupt finds every server that was started
-        waits[backend] = pool.submit(_ready_or_stopped, server)
+        how = {"backend": backend, "port": FIRST_PORT + 100 * number, "log": out / f"server-{backend}.log"}
+        starts[backend] = pool.submit(start, group, model, arguments=arguments, **how)
         if stagger is None:
-            wait([waits[backend]])
-    servers = {}
-    for backend, future in waits.items():
+            wait([starts[backend]])
+    started, problems = {}, []
+    for backend, future in starts.items():
         try:
-            servers[backend] = future.result()
+            started[backend] = future.result()
         except Refusal as refusal:
             problems.append(f"{backend}: {refusal}")
-    return servers, problems
+    return started, problems
 
 
-def _ready_or_stopped(server: Server) -> Server:
-    """A server that does not come up must not keep the memory of the others."""
-    try:
-        wait_until_ready(server)
-    except Refusal:
-        stop(server)
-        raise
-    return server
-
-
-def gpu_gib(server: Server) -> float | None:
+def gpu_gib(server: ServerProcess) -> float | None:
     """GiB of GPU memory that the server's processes hold, by the driver's count; None where it does not say."""
     import psutil
     import pynvml
@@ -118,10 +103,10 @@ def gpu_gib(server: Server) -> float | None:
     return sum(mine) / 2**30 if mine else None
 
 
-def describe(server: Server, together: bool) -> dict[str, Any]:
+def describe(server: ServerProcess, together: bool) -> dict[str, Any]:
     """What a server takes. SGLang reads its figures off the free memory of the GPU: with servers that start together they are
     left out, and only what the driver counts for the processes is kept."""
-    facts = {name: value for name, value in server.facts().items() if not together or name in OWN_FACTS}
+    facts = {name: value for name, value in log_facts(server.said()).items() if not together or name in OWN_FACTS}
     return {"command": server.command, "seconds_to_ready": server.seconds_to_ready, "gpu_gib": gpu_gib(server), **facts}
 
 
@@ -152,16 +137,15 @@ def main(
     out: Path,
     sglang_arguments: tuple[str, ...],
 ) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers stop with us
-    planned = loads(numbers("--concurrency", concurrency), input_len, output_len, batches)
+    planned, names = loads(numbers("--concurrency", concurrency), input_len, output_len, batches), backends.split(",")
     out.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        servers, problems = start_all(stack, model, backends.split(","), out, stagger, sglang_arguments)
-        described = {backend: describe(server, together=stagger is not None) for backend, server in servers.items()}
+    with ThreadPoolExecutor(len(names)) as pool, servers() as group:  # in this order: stopped servers end every wait
+        started, problems = start_all(group, pool, model, names, out, stagger, sglang_arguments)
+        described = {backend: describe(server, together=stagger is not None) for backend, server in started.items()}
         (out / "servers.json").write_text(json.dumps(described, indent=1) + "\n")
-        problems += measure_all(servers, model, planned, rounds, seconds, out)
+        problems += measure_all(started, model, planned, rounds, seconds, out)
         if then:
-            urls = {f"URL_{backend.upper()}": server.url for backend, server in servers.items()}
+            urls = {f"URL_{backend.upper()}": server.url for backend, server in started.items()}
             subprocess.run(then, shell=True, env={**os.environ, **urls, "OUT": str(out)})
     if problems:
         raise click.ClickException("\n".join(problems))
@@ -177,7 +161,9 @@ def decode_pace(log: str, concurrency: int) -> float | None:
     return statistics.median(paces) if paces else None
 
 
-def measure_all(servers: dict[str, Server], model: str, planned: list[Load], rounds: int, seconds: float, out: Path) -> list[str]:
+def measure_all(
+    servers: dict[str, ServerProcess], model: str, planned: list[Load], rounds: int, seconds: float, out: Path
+) -> list[str]:
     """Append one JSON line for each round, load and backend to `out/serving.jsonl`; round 0 is not kept. Returns what failed."""
     started, seed, failed = time.monotonic(), time.time_ns() % (1 << 30), []
     for number in range(rounds + 1):

@@ -11,14 +11,14 @@ without, it runs until Ctrl-C. The command sees SERVER_URL (http://127.0.0.1:POR
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import click
 
-from hopper_moe.launch.h200.server import READY, Server, serving
+from hopper_moe.launch.h200.server import READY, log_facts, start
+from hopper_moe.launch.server_process import ServerProcess, servers
 from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.errors import Refusal
 
@@ -42,24 +42,23 @@ def main(
     command: str | None,
     sglang_arguments: tuple[str, ...],
 ) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server stops with us
     try:
-        with serving(
-            model, backend=backend, kernel=kernel, port=port, log=log, ready_timeout=ready_timeout, arguments=sglang_arguments
-        ) as server:
-            click.echo(f"ready after {server.seconds_to_ready:.1f} s on {server.url}: {server.facts()}")
+        with servers() as group:
+            how = {"backend": backend, "kernel": kernel, "port": port, "log": log, "ready_timeout": ready_timeout}
+            server = start(group, model, arguments=sglang_arguments, **how)
+            click.echo(f"ready after {server.seconds_to_ready:.1f} s on {server.url}: {log_facts(server.said())}")
             sys.exit(_run(server, command) if command else _wait(server))
     except Refusal as refusal:
         click.echo(f"serve: {refusal}", err=True)
         sys.exit(2)
 
 
-def _run(server: Server, command: str) -> int:
+def _run(server: ServerProcess, command: str) -> int:
     environment = {**os.environ, "SERVER_URL": server.url, "SERVER_LOG": str(server.log)}
     return subprocess.run(command, shell=True, env=environment).returncode
 
 
-def _wait(server: Server) -> int:
+def _wait(server: ServerProcess) -> int:
     try:
         return server.process.wait()
     except KeyboardInterrupt:

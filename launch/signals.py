@@ -1,4 +1,4 @@
-"""What an evaluation does when it is told to end."""
+"""What a command does when it is told to end."""
 
 from __future__ import annotations
 
