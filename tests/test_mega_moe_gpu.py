@@ -200,7 +200,8 @@ def test_fp4_dispatch_bits(seed):
     rig.run(Batch(x, batch.topk_ids, batch.topk_weights))
     packed, scale = quantize_mxfp4_activations(x)
     _, group_scale = reference.fp4_as_e4m3(x)
-    exponent = scale.int() - layout.UE8M0_BIAS - group_scale.log2().int().repeat_interleave(layout.ACT_GROUP // layout.MXFP4_GROUP, 1)[:, : scale.shape[1]]
+    of_group = group_scale.log2().int().repeat_interleave(layout.ACT_GROUP // layout.MXFP4_GROUP, 1)[:, : scale.shape[1]]
+    exponent = scale.int() - layout.UE8M0_BIAS - of_group
     assert torch.equal(natural_order(unpack_nibbles(read_field(rig.mm, "x", torch.uint8, *packed.shape))), unpack_nibbles(packed))
     assert torch.equal(read_field(rig.mm, "x_exponent", torch.int8, *scale.shape).int(), exponent.clamp_min(-20))
     assert torch.equal(read_field(rig.mm, "x_scale", torch.float32, *group_scale.shape), group_scale)
