@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 from hopper_moe.launch.ports import port_problem
 from hopper_moe.launch.signals import handled
@@ -47,6 +48,19 @@ class ServerProcess:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
+    def listens(self) -> bool:
+        """Whether it, or a process that it started, has the port. Who answers there need not be it: of two servers that load for
+        a minute and then take the same port, the second still runs for some seconds.
+        """
+        with suppress(psutil.Error):
+            parent = psutil.Process(self.process.pid)
+            for process in (parent, *parent.children(recursive=True)):
+                with suppress(psutil.Error):
+                    taken = process.net_connections("tcp")
+                    if any(entry.status == psutil.CONN_LISTEN and entry.laddr.port == self.port for entry in taken):
+                        return True
+        return False
+
     def send(self, number: signal.Signals) -> None:
         """A signal to it and every process that it started: they share its process group."""
         with suppress(ProcessLookupError):
@@ -67,10 +81,9 @@ class ServerProcess:
         health = f"{self.url}/health"
         while time.monotonic() < self.started + timeout:
             reply = _get(health)
-            # Asked after the health: what answers there may be another server, which took the port from ours.
             if not self.is_alive():
                 raise self._failure(f"ended with code {self.process.returncode}")
-            if reply is not None and reply.status_code == 200:
+            if reply is not None and reply.status_code == 200 and self.listens():
                 check(reply)
                 self.seconds_to_ready = time.monotonic() - self.started
                 return

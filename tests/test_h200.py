@@ -77,6 +77,20 @@ def test_a_port_that_another_server_has_is_refused(tmp_path):
         start(group, "model", port=stub.server.server_address[1], log=tmp_path / "log", launcher=LAUNCHER)
 
 
+def test_of_two_servers_that_take_the_same_port_only_one_is_ready(tmp_path):
+    """Both ports were free when they started: SGLang loads for a minute before it listens."""
+    late = "import time; import sys; time.sleep(float(sys.argv[1]))\n" + FAKE
+    port = free_port()
+    with servers() as group:
+        first, second = (
+            group.start([sys.executable, "-c", late, seconds, "--port", str(port)], port=port, log=tmp_path / seconds)
+            for seconds in ("1", "4")
+        )
+        first.wait_until_ready(30)
+        with pytest.raises(Refusal, match="ended with code 1(.|\n)*in use"):
+            second.wait_until_ready(30)
+
+
 def test_serve_gives_up_and_says_what_the_server_said(tmp_path, sglang):
     """The command line end to end."""
     sglang("import sys; sys.exit(f'{sys.argv[1:3]} is not my kind')")
