@@ -8,7 +8,7 @@
 
 namespace hopper_moe {
 
-// Consumes the stages of one pass over k into `sum`. `meanwhile(piece)`, piece 0 .. kPieces - 1 as constants, is called in order while the tensor
+// Consumes the stages of one pass over k into `sum`. `meanwhile(piece)`, 0 .. kPassEndPieces - 1 as constants, is called in order while the tensor
 // cores work on the first chunks, before anything is written to `sum`: there is time for what is left to do with the sums of the pass before. It
 // may wait, but not branch otherwise; neither may `last_stage(sum, address)`, which runs before the last stage is given back.
 template <int N, bool kL1>
