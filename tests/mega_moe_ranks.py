@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from mega_moe_rig import RANDOM_EXPERTS
 
-from hopper_moe.kernels.benchmarks.workload import ModelShape, make_layer, random_experts, random_routing, random_tokens
+from hopper_moe.kernels.benchmarks.workload import ModelShape, make_layer, random_routing, random_tokens
 from hopper_moe.kernels.failure import PeerTimeout
 from hopper_moe.kernels.mega_moe import MegaMoE
 from hopper_moe.quantization.packing import PackedExperts
+from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 SHAPE = ModelShape(1024, 512, 48, 6, 12)
 CAPACITY = 512
@@ -35,11 +37,12 @@ class SpreadLayer:
     def __init__(self, group: dist.ProcessGroup, shape: ModelShape, capacity: int, seed: int, **options) -> None:
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.shape, self.group = shape, group
-        whole = random_experts(shape, shape.num_experts, torch.Generator("cuda").manual_seed(seed))  # the same on every rank
+        make_experts = RANDOM_EXPERTS[options.get("weights", PackedExperts)]
+        whole = make_experts(shape, shape.num_experts, torch.Generator("cuda").manual_seed(seed))  # the same on every rank
         self.whole = whole
         options.setdefault("timeout_s", 20)  # a hang fails soon
         mine = slice(self.rank * shape.num_experts // self.num_ranks, (self.rank + 1) * shape.num_experts // self.num_ranks)
-        self.local = PackedExperts(whole.w13_packed[mine], whole.w13_base[mine], whole.w2_packed[mine], whole.w2_base[mine])
+        self.local = type(whole)(*(tensor[mine] for tensor in whole.tensors))
         self.spread = make_layer(shape, shape.num_experts, capacity, group=group, **options)
         options.pop("wave_rows", None)
         options.pop("timeout_s", None)
@@ -69,7 +72,7 @@ class SpreadLayer:
         self.spread.workspace[self.spread.offsets["control_bytes"] :].fill_(0xFF)
         self.spread.buffer.barrier()
 
-    def run(self, mm: MegaMoE, packed: PackedExperts, batch: Batch, **options) -> torch.Tensor:
+    def run(self, mm: MegaMoE, packed: PackedExperts | PackedFp8Experts, batch: Batch, **options) -> torch.Tensor:
         y = torch.full_like(batch.x, float("nan"))
         mm(
             batch.x, batch.topk_ids, batch.topk_weights, packed,

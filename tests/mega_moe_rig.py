@@ -23,6 +23,7 @@ from hopper_moe.quantization.packing import PackedExperts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 FACTOR = 1.5  # routed_scaling_factor of every call
+RANDOM_EXPERTS = {PackedExperts: random_experts, PackedFp8Experts: random_fp8_experts}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Rig:
 def make_rig(seed: int, shape: ModelShape, num_experts: int, capacity: int, **options) -> Rig:
     """Random weights. `options` go to MegaMoE (num_local_experts, first_expert, tiles, weights)."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    make_experts = random_fp8_experts if options.get("weights") is PackedFp8Experts else random_experts
+    make_experts = RANDOM_EXPERTS[options.get("weights", PackedExperts)]
     packed = make_experts(shape, options.get("num_local_experts", num_experts), generator)
     return Rig(shape, packed, make_layer(shape, num_experts, capacity, **options), generator)
 

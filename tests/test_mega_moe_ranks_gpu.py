@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hopper_moe.kernels.benchmarks.ranks import run_on_ranks, start_on_ranks
+from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 pytestmark = pytest.mark.gpu
 NUM_RANKS = [n for n in (2, 4, 8) if n <= torch.cuda.device_count()] or [2]
@@ -22,7 +23,13 @@ def several_gpus():
 
 
 # "waves": pools so small that every larger call runs in many waves.
-OPTIONS = {"bf16": {}, "fp8_combine": {"fp8_combine": True}, "fp4_dispatch": {"fp4_dispatch": True}, "waves": {"wave_rows": 256}}
+OPTIONS = {
+    "bf16": {},
+    "fp8_combine": {"fp8_combine": True},
+    "fp4_dispatch": {"fp4_dispatch": True},
+    "waves": {"wave_rows": 256},
+    "fp8_weights": {"weights": PackedFp8Experts},
+}
 
 
 @functools.cache
