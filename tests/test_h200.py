@@ -103,8 +103,8 @@ def test_serve_gives_up_and_says_what_the_server_said(tmp_path, sglang):
 @pytest.mark.parametrize("stagger", [[], ["--stagger", "0.1"]])
 def test_a_benchmark_that_is_ended_leaves_no_server_behind(tmp_path, sglang, stagger):
     sglang(SLEEPER)
-    program = f"from hopper_moe.launch.h200 import bench; bench.FIRST_PORT = {free_port()}; bench.main()"
-    command = [sys.executable, "-c", program, "model", "--backends", "a,b", "--out", str(tmp_path), *stagger]
+    options = ["--backends", "a,b", "--port", str(free_port()), "--out", str(tmp_path), *stagger]
+    command = [sys.executable, "-m", "hopper_moe.launch.h200.bench", "model", *options]
     logs = [tmp_path / f"server-{backend}.log" for backend in ("ab" if stagger else "a")]
     process = subprocess.Popen(command)
     try:
@@ -119,11 +119,10 @@ def test_a_benchmark_that_is_ended_leaves_no_server_behind(tmp_path, sglang, sta
                 os.kill(int(log.read_text()), signal.SIGKILL)
 
 
-def test_a_server_that_does_not_start_costs_the_benchmark_its_backend_only(tmp_path, sglang, monkeypatch):
+def test_a_server_that_does_not_start_costs_the_benchmark_its_backend_only(tmp_path, sglang):
     sglang(FAKE.replace('"--crash" in sys.argv', 'sys.argv[4] == "bad"'))
-    monkeypatch.setattr(bench, "FIRST_PORT", free_port())
     with ThreadPoolExecutor(2) as pool, servers() as group:
-        started, problems = bench.start_all(group, pool, "model", ["good", "bad"], tmp_path, None, [])
+        started, problems = bench.start_all(group, pool, "model", ["good", "bad"], tmp_path, free_port(), None, [])
         assert list(started) == ["good"] and started["good"].is_alive()
         assert len(problems) == 1 and problems[0].startswith("bad: the server ended") and "out of memory" in problems[0]
     assert not started["good"].is_alive()

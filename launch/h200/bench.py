@@ -32,7 +32,6 @@ from hopper_moe.moe_backends.arguments import BACKEND
 from hopper_moe.moe_backends.errors import Refusal
 
 ROUNDS = 2
-FIRST_PORT = 30000
 OWN_FACTS = ("kv_tokens", "workspace_gib", "packed_gib")  # of a log, whatever else runs on the GPU
 PREFILL = Load(concurrency=1, num_prompts=6, input_len=8192, output_len=1)
 FIRST_OUTPUT_LEN = 32  # of the round that is not kept
@@ -63,6 +62,7 @@ def start_all(
     model: str,
     backends: Sequence[str],
     out: Path,
+    first_port: int,
     stagger: float | None,
     arguments: Sequence[str],
 ) -> tuple[dict[str, ServerProcess], list[str]]:
@@ -74,7 +74,7 @@ def start_all(
     for number, backend in enumerate(backends):
         if number and stagger:
             time.sleep(stagger)
-        how = {"backend": backend, "port": FIRST_PORT + 100 * number, "log": out / f"server-{backend}.log"}
+        how = {"backend": backend, "port": first_port + 100 * number, "log": out / f"server-{backend}.log"}
         starts[backend] = pool.submit(start, group, model, arguments=arguments, **how)
         if stagger is None:
             wait([starts[backend]])
@@ -94,12 +94,12 @@ def gpu_gib(server: ServerProcess) -> float | None:
 
     pynvml.nvmlInit()
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        used = {entry.pid: entry.usedGpuMemory for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        entries = [entry for handle in handles for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
     finally:
         pynvml.nvmlShutdown()
     family = {server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(recursive=True))}
-    mine = [used[pid] for pid in family & set(used) if used[pid] is not None]
+    mine = [entry.usedGpuMemory for entry in entries if entry.pid in family and entry.usedGpuMemory is not None]
     return sum(mine) / 2**30 if mine else None
 
 
@@ -118,6 +118,7 @@ def describe(server: ServerProcess, together: bool) -> dict[str, Any]:
 @click.option("--output-len", default=1024, show_default=True)
 @click.option("--batches", type=click.IntRange(1), help="Batches of requests at each concurrency  [default: 2, 4 below 32]")
 @click.option("--rounds", default=ROUNDS, show_default=True)
+@click.option("--port", default=30000, show_default=True, help="Of the first server; each one more has a port 100 higher.")
 @click.option("--stagger", type=float, help="Seconds between starts  [default: start the next when the last answers]")
 @click.option("--seconds", default=3600.0, show_default=True, help="Begin no load after this many.")
 @click.option("--then", help="Shell command to run afterwards; it sees the servers as URL_MARLIN and so on, and OUT.")
@@ -131,6 +132,7 @@ def main(
     output_len: int,
     batches: int | None,
     rounds: int,
+    port: int,
     stagger: float | None,
     seconds: float,
     then: str | None,
@@ -140,7 +142,7 @@ def main(
     planned, names = loads(numbers("--concurrency", concurrency), input_len, output_len, batches), backends.split(",")
     out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(names)) as pool, servers() as group:  # in this order: stopped servers end every wait
-        started, problems = start_all(group, pool, model, names, out, stagger, sglang_arguments)
+        started, problems = start_all(group, pool, model, names, out, port, stagger, sglang_arguments)
         described = {backend: describe(server, together=stagger is not None) for backend, server in started.items()}
         (out / "servers.json").write_text(json.dumps(described, indent=1) + "\n")
         problems += measure_all(started, model, planned, rounds, seconds, out)
