@@ -39,7 +39,7 @@ def make_layer(
     num_tokens: int = 6,
     num_experts: int = 4,
     top_k: int = 3,
-    hidden_size: int = 384,
+    hidden_size: int = 640,
     intermediate_size: int = 128,
     device: str = "cpu",
 ) -> Layer:

@@ -49,7 +49,7 @@ CASES = [("flash", tokens, "uniform") for tokens in FLASH_TOKENS]
 CASES += [("flash", tokens, routing) for routing in ("zipf", "one_hot") for tokens in (1, 9, 129, 2048)]
 CASES += [(name, tokens, "uniform") for name in ("pro", "v3", "v4.1-flash", "small") for tokens in (1, 9, 129, 512)]
 CASES += [(name, 129, "one_hot") for name in ("pro", "v3", "v4.1-flash", "small")]
-# num_experts, capacity. "small": 640 = 2.5 scale groups of x, 384 = 3 of h; an odd number of everything.
+# num_experts, capacity. "small": 640 = a scale group of x and a quarter, 384 = 3 of h; an odd number of everything.
 SIZES = {"flash": (32, 8192), "pro": (12, 512), "v3": (16, 512), "v4.1-flash": (16, 512), "small": (7, 512)}
 CASES.sort(key=lambda case: list(SIZES).index(case[0]))
 SMALL = ModelShape(640, 384, 7, 3, 7, 2.0)

@@ -62,7 +62,7 @@ def over_ranks(layer: Layer, cuts: list[int], num_padded_tokens: int | None = No
     return torch.cat(reference.mega_moe(inputs, experts, num_experts=layer.w13.shape[0], swiglu_limit=LIMIT))
 
 
-@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(384, 128), (256, 256), (128, 64)])
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(640, 128), (256, 256), (128, 64)])
 def test_the_layer_is_bit_for_bit_what_the_contract_says(hidden_size, intermediate_size, seed):
     layer = make_layer(seed, num_tokens=4, top_k=2, hidden_size=hidden_size, intermediate_size=intermediate_size)
     layer.topk_ids[1, 0] = -1
@@ -251,7 +251,7 @@ def test_layers_that_do_not_fit_together_are_refused(seed):
     with pytest.raises(Refusal, match=r"ranks hold \[2, 2\] experts, which are not equal shares of num_experts 8"):
         mega([tokens, tokens], experts, num_experts=8)
     other = make_layer(seed, hidden_size=256)
-    with pytest.raises(Refusal, match="tokens of 256 features were given to experts of hidden_size 384"):
+    with pytest.raises(Refusal, match="tokens of 256 features were given to experts of hidden_size 640"):
         mega([dispatch(other, slice(None))], layer.rank_experts(1))
     layer.topk_ids[3, 2] = 4
     with pytest.raises(Refusal, match="rank 1 routes a token to expert 4, above the last expert 3"):

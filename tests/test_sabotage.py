@@ -124,7 +124,7 @@ SABOTAGES = {
 
 @functools.cache
 def layer_and_truth(seed: int) -> tuple[Layer, torch.Tensor]:
-    layer = make_layer(seed, num_tokens=6, num_experts=4, top_k=2, hidden_size=384, intermediate_size=256)
+    layer = make_layer(seed, num_tokens=6, num_experts=4, top_k=2, hidden_size=640, intermediate_size=256)
     layer.topk_ids[:] = torch.tensor([[0, 3], [1, 2], [2, 0], [3, 1], [0, 1], [3, 2]])  # both ranks, every expert
     y = layer_oracle.layer(
         layer.x.float().numpy(),
