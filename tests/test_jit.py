@@ -143,10 +143,10 @@ def test_commands_compile_once_and_say_where(sources):
     def kernels(*command: str) -> str:
         return CliRunner().invoke(main, command, catch_exceptions=False).output
 
-    assert re.search(r"mega_moe: .*not compiled", kernels("list"))
-    assert re.search(r"mega_moe: .*compiled in \d+ s", kernels("build", "mega_moe"))
-    assert "was there" in kernels("build", "mega_moe")
-    path = jit.library_path(jit.LIBRARIES["mega_moe"])
+    assert re.search(r"fp8_mega: .*not compiled", kernels("list"))
+    assert re.search(r"fp8_mega: .*compiled in \d+ s", kernels("build", "fp8_mega"))
+    assert "was there" in kernels("build", "fp8_mega")
+    path = jit.library_path(jit.LIBRARIES["fp8_mega"])
     assert path.is_relative_to(settings().cache_dir) and path.exists()
     assert re.search(rf"{path} \(\d+ KiB\)", kernels("list"))
 
@@ -162,7 +162,7 @@ def test_racing_processes_share_one_library(tmp_path):
     """Two processes find an empty cache at the same time; both end with a working library, and with the same one."""
     script = (
         "from hopper_moe.kernels import jit; "
-        f"print(jit.library_path(jit.LIBRARIES['mega_moe']), list(jit.load('mega_moe')['workspace_layout']({FLASH_RANK})))"
+        f"print(jit.library_path(jit.LIBRARIES['fp8_mega']), list(jit.load('fp8_mega')['workspace_layout']({FLASH_RANK})))"
     )
     environment = {**os.environ, "HOPPER_MOE_CACHE_DIR": str(tmp_path / "cache")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -171,7 +171,7 @@ def test_racing_processes_share_one_library(tmp_path):
     assert [racer.returncode for racer in racers] == [0, 0], said
     assert said[0][0] == said[1][0] and said[0][0].strip()
     (folder,) = (tmp_path / "cache").iterdir()  # no second folder, no left-over of the slower one
-    assert [path.name for path in folder.iterdir()] == ["mega_moe.so"]
+    assert [path.name for path in folder.iterdir()] == ["fp8_mega.so"]
 
 
 def test_workspace_layout():
