@@ -48,17 +48,22 @@ class ServerProcess:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
-    def listens(self) -> bool:
-        """Whether it, or a process that it started, has the port. Who answers there need not be it: of two servers that load for
-        a minute and then take the same port, the second still runs for some seconds.
-        """
-        with suppress(psutil.Error):
+    def family(self) -> list[psutil.Process]:
+        """Itself and every process that it started and that is there now; empty when it has ended."""
+        with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self.process.pid)
-            for process in (parent, *parent.children(recursive=True)):
-                with suppress(psutil.Error):
-                    taken = process.net_connections("tcp")
-                    if any(entry.status == psutil.CONN_LISTEN and entry.laddr.port == self.port for entry in taken):
-                        return True
+            return [parent, *parent.children(recursive=True)]
+        return []
+
+    def listens(self) -> bool:
+        """Whether the port is one of its family's. Who answers there need not be it: of two servers that load for a minute and
+        then take the same port, the second still runs for some seconds.
+        """
+        for process in self.family():
+            with suppress(psutil.Error):
+                taken = process.net_connections("tcp")
+                if any(entry.status == psutil.CONN_LISTEN and entry.laddr.port == self.port for entry in taken):
+                    return True
         return False
 
     def send(self, number: signal.Signals) -> None:

@@ -89,7 +89,6 @@ def start_all(
 
 def gpu_gib(server: ServerProcess) -> float | None:
     """GiB of GPU memory that the server's processes hold, by the driver's count; None where it does not say."""
-    import psutil
     import pynvml
 
     pynvml.nvmlInit()
@@ -98,7 +97,7 @@ def gpu_gib(server: ServerProcess) -> float | None:
         entries = [entry for handle in handles for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
     finally:
         pynvml.nvmlShutdown()
-    family = {server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(recursive=True))}
+    family = {process.pid for process in server.family()}
     mine = [entry.usedGpuMemory for entry in entries if entry.pid in family and entry.usedGpuMemory is not None]
     return sum(mine) / 2**30 if mine else None
 
