@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,7 +23,6 @@ from hopper_moe.launch.signals import handled
 from hopper_moe.moe_backends.errors import Refusal
 
 COMPLETE, INTERRUPTED, NO_SERVER = 0, 130, 4
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system's limit, a closed terminal
 _OURS = ("settings.tmp", LOCK)  # what a run killed before its first question leaves
 
 
@@ -191,7 +189,7 @@ def evaluate(
         return sample
 
     try:
-        with handled(_INTERRUPTS, lambda *_: sampler.abort()):
+        with handled(lambda *_: sampler.abort()):
             run_examples(
                 name=benchmark.name,
                 examples=benchmark.examples,

@@ -182,7 +182,7 @@ def servers() -> Iterator[Servers]:
     own, and would go on for ever. For the main thread; the servers may be started from any other.
     """
     group = Servers()
-    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), group._told_to_end):
+    with handled(group._told_to_end):
         try:
             yield group
         finally:

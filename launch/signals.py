@@ -6,14 +6,16 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system's limit, a closed terminal
+
 
 @contextmanager
-def handled(numbers: tuple[signal.Signals, ...], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """`handler` gets the signals while the block runs. Call it from the main thread.
+def handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """`handler` gets the signals that end a command while the block runs. Call it from the main thread.
 
     What this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT of a shell's background job.
     """
-    previous = {number: signal.getsignal(number) for number in numbers}
+    previous = {number: signal.getsignal(number) for number in _ENDS}
     taken = {number: was for number, was in previous.items() if was is not signal.SIG_IGN}
     for number in taken:
         signal.signal(number, handler)
