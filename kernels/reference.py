@@ -45,7 +45,7 @@ def pre_dispatch(
         topk_ids: int32 or int64 [M, K], global expert ids; below 0: skipped.
         topk_weights: float [M, K].
         num_padded_tokens: rows of the result, at least M; the rows beyond M are zeros with ids -1 and weights 0. None: M.
-        fp4: activations travel as E2M1 with a UE8M0 scale per 32 features (see `fp4_as_e4m3`) instead of E4M3 per 512.
+        fp4: activations travel as E2M1 with a UE8M0 scale per 32 features (see `fp4_as_e4m3`) instead of E4M3.
 
     Raises:
         Refusal: shapes that do not belong together, or fewer padded rows than tokens.
@@ -56,7 +56,7 @@ def pre_dispatch(
         raise Refusal(f"num_padded_tokens {rows} is below the {num_tokens} tokens given: pad to at least the number of tokens.")
     padded = torch.zeros(rows, x.shape[1], dtype=x.dtype, device=x.device)
     padded[:num_tokens] = x
-    x_q, x_scale = fp4_as_e4m3(padded) if fp4 else quantize_activations(padded, layout.ACT_GROUP)
+    x_q, x_scale = fp4_as_e4m3(padded) if fp4 else quantize_activations(padded, x.shape[1])
     ids = torch.full((rows, top_k), -1, dtype=torch.int32, device=x.device)
     ids[:num_tokens] = topk_ids.to(torch.int32).clamp_min(-1)
     weights = torch.zeros(rows, top_k, dtype=torch.float32, device=x.device)
@@ -65,21 +65,18 @@ def pre_dispatch(
 
 
 def fp4_as_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP4 activations in the operand format of the kernel: (float8_e4m3fn [M, H], FP32 scale [M, ceil(H/512)]).
+    """FP4 activations in the operand format of the kernel: (float8_e4m3fn [M, H], FP32 scale [M, 1]).
 
-    x is rounded to E2M1 with one UE8M0 scale per 32 features. In a group of 512 whose largest of these scales is 2**s, the E4M3
-    scale is 2**(s - 6) (the largest value, 6 * 2**6 = 384, still fits), and a value is exact as E4M3 if its own scale is at least
+    x is rounded to E2M1 with one UE8M0 scale per 32 features. For a token whose largest of these scales is 2**s, the E4M3 scale
+    is 2**(s - 6) (the largest value, 6 * 2**6 = 384, still fits), and a value is exact as E4M3 if its own scale is at least
     2**(s - 14). Values further down round to the nearest multiple of 2**(s - 15).
     """
     packed, scale = quantize_mxfp4_activations(x)
     exponents = scale.to(torch.int32) - layout.UE8M0_BIAS
-    per_group = layout.ACT_GROUP // layout.MXFP4_GROUP
-    padded = torch.nn.functional.pad(exponents, (0, -exponents.shape[1] % per_group), value=-layout.UE8M0_BIAS)
-    group_exponents = padded.unflatten(1, (-1, per_group)).amax(-1) - 6
-    relative = exponents - group_exponents.repeat_interleave(per_group, 1)[:, : exponents.shape[1]]
-    step = power_of_two(relative).unsqueeze(-1)
+    token_exponent = exponents.amax(1, keepdim=True) - 6
+    step = power_of_two(exponents - token_exponent).unsqueeze(-1)
     values = decode_e2m1(unpack_nibbles(packed), torch.float64).unflatten(1, (-1, layout.MXFP4_GROUP)) * step
-    return values.flatten(1).float().to(torch.float8_e4m3fn), power_of_two(group_exponents, torch.float32)
+    return values.flatten(1).float().to(torch.float8_e4m3fn), power_of_two(token_exponent, torch.float32)
 
 
 def mega_moe(

@@ -28,7 +28,7 @@ class DispatchedTokens:
     """One rank's tokens after pre-dispatch. P (padded) rows, of which the first `num_tokens` are real."""
 
     x_q: torch.Tensor  # float8_e4m3fn [P, H]
-    x_scale: torch.Tensor  # float32 [P, ceil(H/256)]
+    x_scale: torch.Tensor  # float32 [P, 1]
     topk_ids: torch.Tensor  # int32 [P, K], global expert ids; -1: skipped
     topk_weights: torch.Tensor  # float32 [P, K], the routed scaling factor multiplied in
     num_tokens: int
@@ -83,7 +83,7 @@ def expert_hidden(
     x_q = torch.cat([tokens.x_q.view(torch.uint8) for tokens in inputs])
     x_scale = torch.cat([tokens.x_scale for tokens in inputs])
     topk_ids = torch.cat([tokens.topk_ids for tokens in inputs])
-    if x_q.shape[1] != hidden_size or x_scale.shape[1] != layout.act_groups(hidden_size):
+    if x_q.shape[1] != hidden_size:
         raise Refusal(f"tokens of {x_q.shape[1]} features were given to experts of hidden_size {hidden_size}: check the layer.")
     top_k = topk_ids.shape[1]
     hq = torch.zeros(topk_ids.numel(), size, dtype=torch.uint8, device=x_q.device)
@@ -92,7 +92,7 @@ def expert_hidden(
         w13 = source.w13(expert, compute_dtype)
         for chunk in slots.split(_CHUNK_ROWS):
             rows = chunk // top_k
-            gate_up = block_matmul(x_q[rows].view(torch.float8_e4m3fn), x_scale[rows], layout.ACT_GROUP, w13)
+            gate_up = block_matmul(x_q[rows].view(torch.float8_e4m3fn), x_scale[rows], hidden_size, w13)
             h = swiglu(gate_up[:, :size], gate_up[:, size:], swiglu_limit)
             q, scale = quantize_activations(h.to(torch.bfloat16).float(), layout.H_GROUP)
             hq[chunk], h_scale[chunk] = q.view(torch.uint8), scale

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from hopper_moe.moe_backends.base import ExpertRunner, ExpertShard
 
 NUM_TOKENS = 6
-FUSED_LIMIT = 3e-2
-"""Largest relative L2 of a token between a kernel and the very function it implements. 3-8e-3 was measured for the fused kernel
-(sums in another order move values over E4M3 rounding edges); a wrong factor, id, row or matrix makes 0.25 or more."""
+FUSED_LIMIT = 5e-2
+"""Largest relative L2 of a token between a kernel and the very function it implements. 0.8-1.7e-2 was measured for the fused
+kernel (tensor cores round sums and so move values over E4M3 edges); a wrong factor, id, row or matrix makes 0.25 or more."""
 ROUNDED_LIMIT, ROUNDED_TOKEN_LIMIT = 0.15, 0.5
 """The same for kernels with other roundings than what they are compared with: for the median token and for any. E4M3 activations
 make about 0.05, but 0.2 for the large token, whose gates jump; a wrong factor makes 0.33 everywhere, a lost token 1."""

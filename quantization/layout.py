@@ -7,8 +7,7 @@ can use it.
 
 from hopper_moe.moe_backends.errors import Refusal
 
-# Activations (contract section 1).
-ACT_GROUP = 512  # features of x that share one FP32 scale; the last group is what is left of hidden_size
+# Activations (contract section 1). x has one FP32 scale a token.
 H_GROUP = 128  # features of the intermediate h that share one FP32 scale
 COMBINE_GROUP = 128  # features of a combine slot that share one FP32 scale, only when slots travel as E4M3
 E4M3_MAX = 448
@@ -55,11 +54,6 @@ def wgmma_position(k: int) -> int:
 def as_defines() -> dict[str, int]:
     """The integer constants of this module by name, for `-D` defines of the CUDA compiler."""
     return {name: value for name, value in globals().items() if name.isupper() and type(value) is int}
-
-
-def act_groups(hidden_size: int) -> int:
-    """Scales per token of x: ceil(hidden_size / 512)."""
-    return -(-hidden_size // ACT_GROUP)
 
 
 def h_groups(intermediate_size: int) -> int:

@@ -65,7 +65,7 @@ def layer(x, topk_ids, topk_weights, w13, w13_scale, w2, w2_scale, *, swiglu_lim
     dense = {e: (weight(w13[e], w13_scale[e]), weight(w2[e], w2_scale[e])) for e in set(topk_ids.flatten().tolist()) if e >= 0}
     y = np.zeros(x.shape, dtype=np.float32)
     for t in range(x.shape[0]):
-        xq = quant_e4m3(x[t], 512)
+        xq = quant_e4m3(x[t], x.shape[1])
         for k in range(topk_ids.shape[1]):
             e = int(topk_ids[t, k])
             if e < 0:

@@ -44,8 +44,8 @@ class SpreadLayer:
         mine = slice(self.rank * shape.num_experts // self.num_ranks, (self.rank + 1) * shape.num_experts // self.num_ranks)
         self.local = type(whole)(*(tensor[mine] for tensor in whole.tensors))
         self.spread = make_layer(shape, shape.num_experts, capacity, group=group, **options)
-        options.pop("wave_rows", None)
-        options.pop("timeout_s", None)
+        for name in ("wave_rows", "timeout_s", "tiles"):
+            options.pop(name, None)
         self.alone = make_layer(shape, shape.num_experts, capacity, **options)
         self.generator = torch.Generator("cuda").manual_seed(seed + 1 + self.rank)
         self.random = random.Random(seed + 1 + self.rank)

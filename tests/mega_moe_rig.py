@@ -96,7 +96,7 @@ def read_dispatched(mm: MegaMoE, num_tokens: int) -> DispatchedTokens:
     """What pre-dispatch wrote in the last call."""
     return DispatchedTokens(
         natural_order(read_field(mm, "x", torch.uint8, num_tokens, mm.hidden_size)).view(torch.float8_e4m3fn),
-        read_field(mm, "x_scale", torch.float32, num_tokens, layout.act_groups(mm.hidden_size)),
+        read_field(mm, "x_scale", torch.float32, num_tokens, 1),
         read_field(mm, "topk_ids", torch.int32, num_tokens, mm.top_k),
         read_field(mm, "topk_weights", torch.float32, num_tokens, mm.top_k),
         num_tokens,

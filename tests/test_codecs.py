@@ -8,7 +8,7 @@ from layer_data import make_layer
 
 from hopper_moe.kernels.reference import fp4_as_e4m3, pre_dispatch
 from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.quantization import codecs, layout
+from hopper_moe.quantization import codecs
 
 
 @pytest.fixture
@@ -141,10 +141,15 @@ def test_fp8_blocks_round_trip_within_half_a_step(shape, generator):
 def test_fp4_activations_survive_the_operand_format(generator):
     x = (torch.randn(9, 640, generator=generator) * torch.exp(torch.randn(9, 640, generator=generator))).bfloat16()
     x[3] = 0
+    x[8] *= 2.0 ** -torch.arange(20).repeat_interleave(32)  # spans more than the operand format holds
     packed, scale = codecs.quantize_mxfp4_activations(x)
-    q, group_scale = fp4_as_e4m3(x)
-    assert (group_scale.shape, q.shape) == ((9, 2), (9, 640))
-    assert torch.equal(codecs.dequantize_activations(q, group_scale, layout.ACT_GROUP), codecs.dequantize_mxfp4(packed, scale))
+    q, token_scale = fp4_as_e4m3(x)
+    assert (token_scale.shape, q.shape) == ((9, 1), (9, 640))
+    assert torch.equal(token_scale, codecs.decode_ue8m0(scale.amax(1, keepdim=True)) / 2**6)
+    got, fp4 = codecs.dequantize_activations(q, token_scale, 640), codecs.dequantize_mxfp4(packed, scale)
+    assert torch.equal(got[:8], fp4[:8])
+    step = token_scale[8].double() * 2.0**-9  # 2**(s - 15)
+    assert torch.equal(got[8], (fp4[8] / step).round() * step) and not torch.equal(got[8], fp4[8])
     assert (codecs.decode_e2m1(codecs.unpack_nibbles(packed)).abs().unflatten(1, (20, 32)).amax(-1)[[0, 1, 2, 4]] >= 3).all()
 
 
@@ -152,12 +157,12 @@ def test_pre_dispatch_pads_masks_and_multiplies_the_factor_once(seed):
     layer = make_layer(seed, num_tokens=5, hidden_size=640)
     layer.topk_ids[2, 1] = -7
     tokens = pre_dispatch(layer.x, layer.topk_ids.long(), layer.topk_weights, routed_scaling_factor=2.5, num_padded_tokens=8)
-    assert (tokens.x_q.shape, tokens.x_scale.shape, tokens.topk_ids.shape, tokens.num_tokens) == ((8, 640), (8, 2), (8, 3), 5)
+    assert (tokens.x_q.shape, tokens.x_scale.shape, tokens.topk_ids.shape, tokens.num_tokens) == ((8, 640), (8, 1), (8, 3), 5)
     assert (tokens.topk_ids.dtype, tokens.topk_weights.dtype) == (torch.int32, torch.float32)
     assert torch.equal(tokens.topk_ids[:5], layer.topk_ids.clamp_min(-1)) and (tokens.topk_ids[5:] == -1).all()
     assert torch.equal(tokens.topk_weights[:5], layer.topk_weights * np.float32(2.5)) and (tokens.topk_weights[5:] == 0).all()
     assert (
-        torch.equal(tokens.x_q[:5].float(), codecs.quantize_activations(layer.x, layout.ACT_GROUP)[0].float())
+        torch.equal(tokens.x_q[:5].float(), codecs.quantize_activations(layer.x, 640)[0].float())
         and (tokens.x_q[5:].float() == 0).all()
     )
 

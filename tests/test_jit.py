@@ -97,7 +97,7 @@ def test_the_key_depends_on_sources_flags_and_layout(sources, monkeypatch):
     keys.append(jit.cache_key(library))
     monkeypatch.setattr(jit, "FLAGS", (*jit.FLAGS, "-lineinfo"))
     keys.append(jit.cache_key(library))
-    monkeypatch.setattr(layout, "ACT_GROUP", 2 * layout.ACT_GROUP)
+    monkeypatch.setattr(layout, "H_GROUP", 2 * layout.H_GROUP)
     keys.append(jit.cache_key(library))
     (sources / "extra.cuh").write_text("")
     keys.append(jit.cache_key(library))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from mega_moe_rig import FACTOR, Batch, Rig, make_rig
 from tqdm import tqdm
 
 from hopper_moe.kernels.benchmarks.workload import ROUTINGS, SHAPES, random_routing, random_tokens
-from hopper_moe.kernels.tile_table import TILES, forced_tile
+from hopper_moe.kernels.tile_table import MAX_TILE, TILES, forced_tile
 
 pytestmark = pytest.mark.gpu
 REPETITIONS = 100
+PAIRS = replace(forced_tile(MAX_TILE), pair_from=0)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,8 @@ def test_a_row_does_not_depend_on_its_batch(rig, routing):
 def test_a_row_does_not_depend_on_the_tile(rig, num_tokens, routing):
     batch = rig.batch(num_tokens, routing)
     want = rig.run(batch)
-    for tile in TILES:
-        assert torch.equal(rig.with_tiles(forced_tile(tile), 300).run(batch), want), f"tile {tile} gives other bits"
+    for tiles in (*map(forced_tile, TILES), PAIRS):
+        assert torch.equal(rig.with_tiles(tiles, 300).run(batch), want), f"other bits with {tiles}"
 
 
 def test_graph_replays(rig, pytestconfig, seed):

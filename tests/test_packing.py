@@ -201,7 +201,6 @@ def test_defines_hold_the_contract_numbers():
         "UNIT_ROWS": 64,
         "UNIT_K": 128,
         "UNIT_BYTES": 4352,
-        "ACT_GROUP": 512,
         "H_GROUP": 128,
         "MAX_DELTA": 11,
         "MAX_BASE": 249,

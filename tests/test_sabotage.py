@@ -95,7 +95,7 @@ def deltas_of_the_next_group(packed):
 
 
 def one_activation_scale_for_all(tokens):
-    return replace(tokens, x_scale=tokens.x_scale[:, :1].expand_as(tokens.x_scale).contiguous())
+    return replace(tokens, x_scale=tokens.x_scale[:1].expand_as(tokens.x_scale).contiguous())
 
 
 def weights_of_the_wrong_slot(tokens):
@@ -117,7 +117,7 @@ SABOTAGES = {
     "row bases lost": Pipeline(packed=base_forgotten),
     "scale deltas of the neighbouring group": Pipeline(packed=deltas_of_the_next_group),
     "swiglu_limit not passed on": Pipeline(swiglu_limit=None),
-    "one activation scale for every group": Pipeline(tokens=one_activation_scale_for_all),
+    "one activation scale for every token": Pipeline(tokens=one_activation_scale_for_all),
     "top-k weights of another slot": Pipeline(tokens=weights_of_the_wrong_slot),
 }
 

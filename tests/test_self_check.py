@@ -74,8 +74,8 @@ def test_a_kernel_that_computes_the_layer_passes(setup):
 
 def test_rounding_as_the_fused_kernel_does_it_passes(setup):
     """FP32 sums move values over E4M3 edges, as the kernel's order of sums does: the error is of its size, and passes."""
-    rounds = Runner(setup[1], lambda layer, x, ids, w: layer(x, ids, w) * (1 + 8e-3 * torch.randn(x.shape).sign()))
-    assert 7e-3 < self_check.require_agreement("layer", "mxfp4_mega", rounds, sample(setup)) < 1e-2
+    rounds = Runner(setup[1], lambda layer, x, ids, w: layer(x, ids, w) * (1 + 1.4e-2 * torch.randn(x.shape).sign()))
+    assert 1.2e-2 < self_check.require_agreement("layer", "mxfp4_mega", rounds, sample(setup)) < 1.7e-2
 
 
 def test_the_default_type_of_torch_does_not_matter(setup):

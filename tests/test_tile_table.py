@@ -13,7 +13,7 @@ def test_every_table_holds_every_rest():
         for rows in range(1, table.max_tile):
             tile = table.tail_tile[-(-rows // 8)]
             assert tile in TILES and rows <= tile <= table.max_tile, (table, rows)
-        assert table.as_list() == [table.max_tile, *table.tail_tile] and len(table.as_list()) == 18
+        assert table.as_list() == [table.max_tile, table.pair_from, *table.tail_tile] and len(table.as_list()) == 19
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,12 @@ def test_every_table_holds_every_rest():
 def test_a_table_that_would_lose_rows_is_refused(max_tile, tail_tile):
     with pytest.raises(Refusal):
         TileTable(max_tile, tail_tile)
+
+
+@pytest.mark.parametrize("pair_from", [-1, 1 << 16])
+def test_a_number_of_tasks_the_kernel_cannot_hold_is_refused(pair_from):
+    with pytest.raises(Refusal, match=f"pair_from {pair_from} "):
+        TileTable(8, (8,) * 17, pair_from)
 
 
 def test_smallest_tiles_are_the_smallest():
@@ -56,5 +62,5 @@ def test_table_command_prints_every_sku():
     assert (
         str(smallest_tiles())
         == "blocks of 128; last block 1-8 rows: 8, 9-16 rows: 16, 17-32 rows: 32, 33-64 rows: 64, "
-        "65-96 rows: 96, 97-128 rows: 128"
+        "65-96 rows: 96, 97-128 rows: 128; pairs from 6 L1 tasks per SM"
     )

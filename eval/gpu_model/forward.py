@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from hopper_moe.eval.gpu_model import fake_quant
 from hopper_moe.eval.gpu_model.config import ACTIVE_HEADS_PER_GROUP, CONFIG
-from hopper_moe.quantization.layout import ACT_GROUP, FP8_BLOCK, H_GROUP
+from hopper_moe.quantization.layout import FP8_BLOCK, H_GROUP
 
 H, HEAD, ROPE = CONFIG["hidden_size"], CONFIG["head_dim"], CONFIG["qk_rope_head_dim"]
 GROUPS, HEADS = CONFIG["o_groups"], CONFIG["o_groups"] * ACTIVE_HEADS_PER_GROUP
@@ -172,7 +172,7 @@ def _experts(x: torch.Tensor, ids: torch.Tensor, w: _Linears, name: str) -> tupl
     weights, chosen = _route(flat, ids.flatten(), p, f"{name}.gate", w.dtype)
     gate_up = w.expert(f"{name}.experts.gate_up_proj")  # [E, 2I, H], gate rows first
     num_experts = gate_up.shape[0]
-    gate, up = F.linear(w.routed_input(flat, ACT_GROUP), gate_up.flatten(0, 1)).unflatten(-1, (num_experts, 2, -1)).unbind(2)
+    gate, up = F.linear(w.routed_input(flat, H), gate_up.flatten(0, 1)).unflatten(-1, (num_experts, 2, -1)).unbind(2)
     hidden = w.routed_input(_swiglu(gate, up).to(w.dtype), H_GROUP) * weights.unsqueeze(-1).to(w.dtype)
     down = w.expert(f"{name}.experts.down_proj")  # [E, H, I]
     y = F.linear(hidden.flatten(1), down.permute(1, 0, 2).flatten(1))

@@ -17,6 +17,7 @@ namespace {
 constexpr int kTile = 128, kTokenBlocks = 64, kExperts = 4, kThreads = 32 * (kMathWarps + 4);
 constexpr int kSharedBytes = kNumStages * kStageBytes;
 enum class Parts { kLoop, kLoopAndCopies, kCopies };
+enum class Product { kL1, kL1Pairs, kL2 };   // pairs: two token blocks a task
 
 struct Inputs {
   const uint8_t *weights, *tokens;   // FP4 units or E4M3 tiles; E4M3 [block][k / 128][kTile][128]
@@ -26,17 +27,18 @@ struct Inputs {
 };
 
 // Tasks in the kernel's order: neighbouring CTAs share a token block, 12 token blocks in a row an expert.
-template <bool kL1>
+template <Product kProduct>
 struct Task {
-  static constexpr int kChunks = kL1 ? 32 : 16, kPasses = kL1 ? 2 : 1, kRowTiles = kL1 ? 16 : 32;
+  static constexpr bool kL1 = kProduct != Product::kL2;
+  static constexpr int kBlocks = kProduct == Product::kL1Pairs ? 2 : 1, kChunks = kL1 ? 32 : 16, kPasses = kL1 ? 2 : 1, kRowTiles = kL1 ? 16 : 32;
   int block, row_tile, expert;
   __device__ explicit Task(int number)
-      : block(number / kRowTiles % kTokenBlocks), row_tile(number % kRowTiles), expert(number / (12 * kRowTiles) % kExperts) {}
+      : block(number / kRowTiles * kBlocks % kTokenBlocks), row_tile(number % kRowTiles), expert(number / (12 / kBlocks * kRowTiles) % kExperts) {}
 };
 
-template <Parts kParts, bool kL1>
+template <Parts kParts, Product kProduct>
 __device__ void produce_weights(const Inputs& in, const Ring& ring, int num_tasks) {
-  using T = Task<kL1>;
+  using T = Task<kProduct>;
   StageCursor cursor(ring);
   for (int i = 0; i < num_tasks; ++i) {
     const T task(i * gridDim.x + blockIdx.x);
@@ -46,22 +48,28 @@ __device__ void produce_weights(const Inputs& in, const Ring& ring, int num_task
       cursor.wait_empty();
       if constexpr (kParts == Parts::kLoop) {
         ptx::mbarrier_arrive(full);
-        continue;
+      } else {
+        ptx::mbarrier_arrive_expect_tx(full, kRowTileBytes + kBlockScaleBytes);
+        ptx::bulk_load(data + stage_weights(kTile), from, kRowTileBytes, full, ptx::kEvictNormal);
+        if constexpr (kFp8Weights) ptx::bulk_load(data + stage_block_scales(kTile), in.scales, kBlockScaleBytes, full, ptx::kEvictNormal);
       }
-      ptx::mbarrier_arrive_expect_tx(full, kRowTileBytes + kBlockScaleBytes);
-      ptx::bulk_load(data + stage_weights(kTile), from, kRowTileBytes, full, ptx::kEvictNormal);
-      if constexpr (kFp8Weights) ptx::bulk_load(data + stage_block_scales(kTile), in.scales, kBlockScaleBytes, full, ptx::kEvictNormal);
+      if constexpr (T::kBlocks == 2) {
+        cursor.advance();
+        cursor.wait_empty();
+        ptx::mbarrier_arrive(cursor.stage().full());
+      }
     }
   }
 }
 
-template <Parts kParts, bool kL1>
+template <Parts kParts, Product kProduct>
 __device__ void produce_activations(const Inputs& in, const Ring& ring, int num_tasks) {
-  using T = Task<kL1>;
+  using T = Task<kProduct>;
   StageCursor cursor(ring);
-  for (int i = 0; i < num_tasks; ++i) {
-    const uint8_t* from = in.tokens + int64_t{T(i * gridDim.x + blockIdx.x).block} * T::kChunks * kTile * kUnitK;
-    for (int chunk = 0; chunk < T::kPasses * T::kChunks; ++chunk, cursor.advance()) {
+  for (int task = 0; task < num_tasks; ++task) {
+    const uint8_t* from = in.tokens + int64_t{T(task * gridDim.x + blockIdx.x).block} * T::kChunks * kTile * kUnitK;
+    for (int i = 0; i < T::kPasses * T::kChunks * T::kBlocks; ++i, cursor.advance()) {
+      const int chunk = i / T::kBlocks, block = i % T::kBlocks;
       const uint32_t full = cursor.stage().full(), data = cursor.stage().data;
       cursor.wait_empty();
       if constexpr (kParts == Parts::kLoop) {
@@ -69,13 +77,13 @@ __device__ void produce_activations(const Inputs& in, const Ring& ring, int num_
         continue;
       }
       ptx::mbarrier_arrive_expect_tx(full, kTile * kUnitK + kTile * 4);
-      ptx::bulk_load(data, from + int64_t{chunk % T::kChunks} * kTile * kUnitK, kTile * kUnitK, full, ptx::kEvictNormal);
+      ptx::bulk_load(data, from + int64_t{block * T::kChunks + chunk % T::kChunks} * kTile * kUnitK, kTile * kUnitK, full, ptx::kEvictNormal);
       ptx::bulk_load(data + stage_scales(kTile), in.scales + chunk % 64 * kTile, kTile * 4, full, ptx::kEvictNormal);
     }
   }
 }
 
-template <Parts kParts, bool kL1>
+template <Parts kParts, Product kProduct>
 __global__ void __launch_bounds__(kThreads, 1) loop_kernel(Inputs in, int num_tasks) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const Ring ring(shared_memory);
@@ -92,25 +100,34 @@ __global__ void __launch_bounds__(kThreads, 1) loop_kernel(Inputs in, int num_ta
   __syncthreads();
   if (warp >= kMathWarps) {
     ptx::set_max_registers_down<56>();
-    if (lane == 0 && warp == kMathWarps) produce_weights<kParts, kL1>(in, ring, num_tasks);
-    if (lane == 0 && warp == kMathWarps + 1) produce_activations<kParts, kL1>(in, ring, num_tasks);
+    if (lane == 0 && warp == kMathWarps) produce_weights<kParts, kProduct>(in, ring, num_tasks);
+    if (lane == 0 && warp == kMathWarps + 1) produce_activations<kParts, kProduct>(in, ring, num_tasks);
     return;
   }
   ptx::set_max_registers_up<224>();
+  using T = Task<kProduct>;
   StageCursor cursor(ring);
   const MathThread me{warp / 4, warp % 4, lane};
   float total = 0;
   const uint32_t begin = clock();
-  for (int pass = 0; pass < num_tasks * Task<kL1>::kPasses; ++pass) {
+  for (int pass = 0; pass < num_tasks * T::kPasses; ++pass) {
     if constexpr (kParts == Parts::kCopies) {
-      for (int chunk = 0; chunk < Task<kL1>::kChunks; ++chunk, cursor.advance()) {
+      for (int chunk = 0; chunk < T::kChunks * T::kBlocks; ++chunk, cursor.advance()) {
         cursor.wait_full();
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(cursor.stage().empty());
       }
+#if HM_WEIGHT_BITS == 4
+    } else if constexpr (T::kBlocks == 2) {
+      PairLoop::Sums sums;
+      PairLoop(cursor, me).run(sums, T::kChunks);
+      for (const auto& sum : sums) {
+        for (float value : sum) total += value;
+      }
+#endif
     } else {
       float sum[kTile / 2];
-      MainLoop<kTile, kL1>(cursor, me).run(sum, Task<kL1>::kChunks, [](auto) {}, [](float (&)[kTile / 2], uint32_t) {});
+      MainLoop<kTile, T::kL1>(cursor, me).run(sum, T::kChunks, [](auto) {});
       for (float value : sum) total += value;
     }
   }
@@ -134,10 +151,12 @@ T* on_device(const std::vector<T>& values) {
 }
 
 // One line: parts, product, cycles per chunk, clock rate. The first launch warms up, the second is timed.
-template <Parts kParts, bool kL1>
+template <Parts kParts, Product kProduct>
 void run(const char* name, const Inputs& in, int num_sms) {
-  const auto kernel = loop_kernel<kParts, kL1>;
-  const int num_tasks = kL1 ? 100 : 400, num_chunks = num_tasks * Task<kL1>::kPasses * Task<kL1>::kChunks;
+  using T = Task<kProduct>;
+  constexpr const char* kNames[] = {"L1", "L1-pairs", "L2"};
+  const auto kernel = loop_kernel<kParts, kProduct>;
+  const int num_tasks = T::kL1 ? 100 : 400, num_chunks = num_tasks * T::kPasses * T::kChunks * T::kBlocks;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin));
@@ -151,7 +170,14 @@ void run(const char* name, const Inputs& in, int num_sms) {
   uint32_t cycles;
   check(cudaEventElapsedTime(&milliseconds, begin, end));
   check(cudaMemcpy(&cycles, in.cycles, sizeof(cycles), cudaMemcpyDeviceToHost));
-  printf("%s %s %.0f %.3f\n", name, kL1 ? "L1" : "L2", static_cast<double>(cycles) / num_chunks, cycles / milliseconds * 1e-6);
+  printf("%s %s %.0f %.3f\n", name, kNames[static_cast<int>(kProduct)], static_cast<double>(cycles) / num_chunks, cycles / milliseconds * 1e-6);
+}
+
+template <Product kProduct>
+void run_product(const Inputs& in, int num_sms) {
+  run<Parts::kLoop, kProduct>("loop", in, num_sms);
+  run<Parts::kLoopAndCopies, kProduct>("loop+copies", in, num_sms);
+  run<Parts::kCopies, kProduct>("copies", in, num_sms);
 }
 
 }  // namespace
@@ -172,10 +198,9 @@ int main() {
                   on_device(random_bytes(size_t{kTokenBlocks} * 32 * kTile * kUnitK, 0xB7)),
                   on_device(std::vector<float>(64 * kTile, 1e-3f)), on_device(std::vector<float>(num_sms * 32 * kMathWarps)),
                   on_device(std::vector<uint32_t>(1))};
-  run<Parts::kLoop, true>("loop", in, num_sms);
-  run<Parts::kLoopAndCopies, true>("loop+copies", in, num_sms);
-  run<Parts::kCopies, true>("copies", in, num_sms);
-  run<Parts::kLoop, false>("loop", in, num_sms);
-  run<Parts::kLoopAndCopies, false>("loop+copies", in, num_sms);
-  run<Parts::kCopies, false>("copies", in, num_sms);
+  run_product<Product::kL1>(in, num_sms);
+#if HM_WEIGHT_BITS == 4
+  run_product<Product::kL1Pairs>(in, num_sms);
+#endif
+  run_product<Product::kL2>(in, num_sms);
 }

@@ -41,7 +41,7 @@ def main(weights: str, csrc: Path) -> None:
     for line in done.stdout.splitlines():
         parts, product, cycles, clock = line.split()
         share = "" if parts == "copies" else f"{TENSOR_CYCLES / float(cycles):.0%}"
-        click.echo(f"{parts:>12} {product} {cycles:>17} {share:>26} {float(clock):5.2f}")
+        click.echo(f"{parts:>12} {product:<8} {cycles:>11} {share:>26} {float(clock):5.2f}")
 
 
 if __name__ == "__main__":

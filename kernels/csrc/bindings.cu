@@ -65,7 +65,7 @@ void pre_dispatch(tvm::ffi::Array<int64_t> shape, int64_t workspace, int64_t hid
   launch(pre_dispatch_kernel, params, static_cast<int>(num_padded_tokens), kPreDispatchThreads, 0, reinterpret_cast<cudaStream_t>(stream));
 }
 
-// tile_table: max_tile, then tail_tile[0..16]. rank_bases: workspaces of all ranks. failure: pinned host memory for a PeerFailure.
+// tile_table: max_tile, pair_from, then tail_tile[0..16]. rank_bases: workspaces of all ranks. failure: pinned host memory for a PeerFailure.
 void mega_moe(tvm::ffi::Array<int64_t> shape, tvm::ffi::Array<int64_t> rank_bases, tvm::ffi::Array<int64_t> tile_table, int64_t w13_packed,
               int64_t w13_base, int64_t w2_packed, int64_t w2_base, int64_t y, double swiglu_limit, int64_t num_tokens, int64_t layer, int64_t timeout_ns,
               int64_t failure, int64_t num_sms, int64_t stream) {
@@ -85,7 +85,8 @@ void mega_moe(tvm::ffi::Array<int64_t> shape, tvm::ffi::Array<int64_t> rank_base
                        static_cast<uint64_t>(timeout_ns),
                        reinterpret_cast<PeerFailure*>(failure)};
   params.tiles.max_tile = static_cast<int>(tile_table[0]);
-  for (int i = 0; i <= kMaxTokenTile / 8; ++i) params.tiles.tail_tile[i] = static_cast<uint8_t>(tile_table[1 + i]);
+  params.tiles.pair_from = static_cast<int>(tile_table[1]);
+  for (int i = 0; i <= kMaxTokenTile / 8; ++i) params.tiles.tail_tile[i] = static_cast<uint8_t>(tile_table[2 + i]);
   for (int rank = 0; rank < s.num_ranks; ++rank) params.rank_base[rank] = reinterpret_cast<uint8_t*>(rank_bases[rank]);
   const auto kernel = s.fp8_combine ? mega_moe_kernel<true> : mega_moe_kernel<false>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedStorage)), "shared memory of mega_moe");

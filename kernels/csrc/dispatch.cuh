@@ -140,23 +140,18 @@ __device__ __forceinline__ void expand_row(const uint8_t* source, const int8_t* 
 template <int kInFlight>
 __device__ __forceinline__ void dispatch_row(const MegaMoeParams& p, const PoolRow& to, uint32_t launch, int lane) {
   const Shape& s = p.shape;
-  const int groups = s.num_scale_groups(), num_chunks = s.hidden / 16;
-  const int token = to.slot / s.top_k;
+  const int num_chunks = s.hidden / 16, token = to.slot / s.top_k;
   const uint8_t* source = p.peer<uint8_t>(to.rank, p.ws.x) + int64_t{token} * s.token_bytes();
   const PoolLane pool(p.local<uint8_t>(p.ws.pool_x) + int64_t{to.block_row} * s.hidden, to, lane);
-  const float* source_scale = p.peer<float>(to.rank, p.ws.x_scale) + int64_t{token} * groups;
-  float scale = 0.f;
-  if (lane < groups) scale = __ldcg(source_scale + lane);
+  const float scale = __ldcg(p.peer<float>(to.rank, p.ws.x_scale) + token);
   const float weight = __ldcg(p.peer<float>(to.rank, p.ws.topk_weights) + to.slot);
   if (s.fp4_dispatch) {
     expand_row<kInFlight / 4>(source, p.peer<int8_t>(to.rank, p.ws.x_exponent) + int64_t{token} * s.num_token_exponents(), pool, num_chunks, lane);
   } else {
     copy_row<kInFlight>(source, pool, num_chunks, lane);
   }
-  float* pool_scale = p.local<float>(p.ws.pool_x_scale) + int64_t{to.block_row} * groups;
-  if (lane < groups) pool_scale[lane * to.tile + to.row] = scale;
-  for (int group = lane + 32; group < groups; group += 32) pool_scale[group * to.tile + to.row] = __ldcg(source_scale + group);
   if (lane == 0) {
+    p.local<float>(p.ws.pool_x_scale)[to.block_row + to.row] = scale;
     p.local<float>(p.ws.pool_weight)[to.block_row + to.row] = weight;
     p.local<uint32_t>(p.ws.pool_slot)[to.block_row + to.row] = static_cast<uint32_t>(to.rank) << 24 | static_cast<uint32_t>(to.slot);
   }

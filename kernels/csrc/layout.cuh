@@ -13,15 +13,14 @@ constexpr int kUnitK = HM_UNIT_K;                // k of one unit, and of one ac
 constexpr bool kFp8Weights = HM_WEIGHT_BITS == 8;
 constexpr int kUnitBytes = kFp8Weights ? HM_FP8_UNIT_BYTES : HM_UNIT_BYTES;
 constexpr int kUnitNibbleBytes = kUnitRows * kUnitK / 2;
-constexpr int kActGroup = HM_ACT_GROUP;          // k per activation scale of x
-constexpr int kHGroup = HM_H_GROUP;              // features per activation scale of h
+constexpr int kHGroup = HM_H_GROUP;              // features per activation scale of h (x has one scale a token)
 constexpr int kFp4Group = HM_MXFP4_GROUP;        // features per exponent of an FP4 token
 constexpr int kCombineGroup = HM_COMBINE_GROUP;  // columns per scale of an FP8 combine slot
 constexpr int kBaseShift = HM_BASE_SHIFT;        // weight = e2m1 * 2**(delta - kBaseShift) * 2**(base + kBaseShift - 127)
 constexpr float kE4m3Max = HM_E4M3_MAX;          // what a group's largest value is scaled to
 __host__ __device__ constexpr float power_of_two(int exponent) { return exponent == 0 ? 1.f : power_of_two(exponent + 1) / 2; }   // exponent <= 0
 constexpr float kAmaxFloor = power_of_two(HM_AMAX_FLOOR_EXPONENT);   // a group of zeros has a finite kE4m3Max / amax
-static_assert(kUnitRows == 64 && kUnitK == 128 && kHGroup == 128 && kActGroup == 512 && kCombineGroup == 128, "the kernels are written for this contract");
+static_assert(kUnitRows == 64 && kUnitK == 128 && kHGroup == 128 && kCombineGroup == 128, "the kernels are written for this contract");
 
 constexpr int kRowTile = 2 * kUnitRows;          // rows of a weight tile: one unit per math warpgroup
 constexpr int kRowTileBytes = 2 * kUnitBytes;    // per k block
@@ -47,7 +46,6 @@ struct Shape {
   int fp8_combine;                               // slots travel as E4M3 with a scale per kCombineGroup columns, not as BF16
   int fp4_dispatch;                              // tokens travel as E2M1 with an exponent per kFp4Group features, not as E4M3
 
-  __host__ __device__ int num_scale_groups() const { return ceil_div(hidden, kActGroup); }
   __host__ __device__ int num_features_tiles() const { return intermediate / kHGroup; }      // L1 tasks of one token block
   __host__ __device__ int num_row_tiles() const { return hidden / kRowTile; }                // L2 tasks of one token block
   __host__ __device__ int num_column_groups() const { return ceil_div(num_row_tiles(), kGroupTiles); }
@@ -83,14 +81,14 @@ struct Workspace {
   int64_t slot_list;        // u32 [num_experts][list_stride]: token * top_k + slot
   int64_t x;                // E4M3 [capacity][hidden], or E2M1 [capacity][hidden / 2], low nibble first; blocks of 128 in wgmma_position order
   int64_t x_exponent;       // i8 [capacity][token exponents]: a value is e2m1 * 2**exponent * x_scale
-  int64_t x_scale;          // f32 [capacity][scale groups]
+  int64_t x_scale;          // f32 [capacity]
   int64_t topk_ids;         // i32 [capacity][top_k]
   int64_t topk_weights;     // f32 [capacity][top_k]
   int64_t combine;          // BF16, or E4M3, [capacity][top_k][hidden]: written by the ranks of the slots' experts
   int64_t combine_scale;    // f32 [capacity][top_k][combine groups]
   // pools of this rank's experts; a token block of N rows whose wave puts it at row r begins at r times the row size
   int64_t pool_x;           // E4M3 [block][hidden / 128][N][128], wgmma_position order, 128-byte swizzle
-  int64_t pool_x_scale;     // f32  [block][scale groups][N]
+  int64_t pool_x_scale;     // f32  [row]
   int64_t pool_weight;      // f32  [row]: routing weight
   int64_t pool_slot;        // u32  [row]: source rank << 24 | token * top_k + slot
   int64_t pool_h;           // E4M3 [block][intermediate / 128][N][128], the same order and swizzle
@@ -121,13 +119,13 @@ struct Workspace {
     slot_list = take(int64_t{4} * s.num_experts * s.list_stride());
     x = take(int64_t{s.capacity} * s.token_bytes());
     x_exponent = take(int64_t{s.capacity} * s.num_token_exponents());
-    x_scale = take(int64_t{4} * s.capacity * s.num_scale_groups());
+    x_scale = take(int64_t{4} * s.capacity);
     topk_ids = take(int64_t{4} * s.capacity * s.top_k);
     topk_weights = take(int64_t{4} * s.capacity * s.top_k);
     combine = take(int64_t{s.fp8_combine ? 1 : 2} * s.capacity * s.top_k * s.hidden);
     combine_scale = take(int64_t{4} * s.capacity * s.top_k * s.num_combine_groups());
     pool_x = take(s.pool_rows() * s.hidden);
-    pool_x_scale = take(4 * s.pool_rows() * s.num_scale_groups());
+    pool_x_scale = take(4 * s.pool_rows());
     pool_weight = take(4 * s.pool_rows());
     pool_slot = take(4 * s.pool_rows());
     pool_h = take(s.pool_rows() * s.intermediate);
@@ -136,9 +134,10 @@ struct Workspace {
   }
 };
 
-// How an expert's tokens are cut: blocks of `max_tile`, then one block of tail_tile[ceil(rest / 8)].
+// How an expert's tokens are cut: blocks of `max_tile`, then one block of tail_tile[ceil(rest / 8)]. From `pair_from` L1 tasks per CTA on, L1 takes two
+// blocks of kMaxTokenTile at once.
 struct TileTable {
-  int max_tile;
+  int max_tile, pair_from;
   uint8_t tail_tile[kMaxTokenTile / 8 + 1];
 };
 

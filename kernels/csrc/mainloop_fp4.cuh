@@ -1,72 +1,78 @@
-// The product of one unit row block (64 packed rows of a warpgroup) with one token tile over all of k.
+// The product of one unit row block (64 packed rows of a warpgroup) with one token tile, or two, over all of k.
 //
-// Per activation scale group (512 k of x, 128 k of h) the tensor cores accumulate from zero, then one FP32 fused multiply-add per output
-// applies the scale. The order of k never depends on the tile, so neither do the bits of a result.
+// L1: the tensor cores accumulate over all of k, then every sum is multiplied with its token's scale. L2: per scale group of h (128 k) they begin
+// anew, and one FP32 fused multiply-add per output applies the scale. The order of k never depends on the tile, so neither do the bits of a result.
 #pragma once
 #include "decode.cuh"
 #include "multiply.cuh"
 
 namespace hopper_moe {
 
-// Consumes the stages of one pass over k into `sum`. `meanwhile(piece)`, 0 .. kPassEndPieces - 1 as constants, is called in order while the tensor
-// cores work on the first chunks, before anything is written to `sum`: there is time for what is left to do with the sums of the pass before. It
-// may wait, but not branch otherwise; neither may `last_stage(sum, address)`, which runs before the last stage is given back.
-template <int N, bool kL1>
-class MainLoop : private StageReader {
- public:
+// The assembler moves a decode past the wait for the multiply that it should overlap, unless a branch it cannot see through keeps the two
+// in different basic blocks: comparing what is left with an opaque zero, although always true, does that.
+__device__ __forceinline__ int opaque_zero() {
+  int zero = 0;
+  asm volatile("" : "+r"(zero));
+  return zero;
+}
+
+// A math thread that decodes its warpgroup's units.
+template <int N>
+class UnitReader : protected StageReader {
+ protected:
   using StageReader::StageReader;
 
-  template <typename Meanwhile, typename LastStage>
-  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile, LastStage&& last_stage) {
-    if constexpr (kChunks == 2) {
-      for_each_constant<kPassEndPieces>(meanwhile);
-      clear(sum);
-      run_narrow(sum, num_chunks, last_stage);
-    } else if constexpr (kL1) {
-      run_wide_l1(sum, num_chunks, meanwhile);
-    } else {
-      run_wide_l2(sum, num_chunks, meanwhile, last_stage);
-    }
-  }
-
- private:
   static constexpr int kChunks = chunks_per_stage(N);
-
-  __device__ __forceinline__ static uint32_t tile(const Stage& stage, int chunk) { return stage.data + chunk * N * kUnitK; }
+  __device__ __forceinline__ static uint32_t tile(const Stage& stage, int chunk = 0) { return stage.data + chunk * N * kUnitK; }
   // The warpgroup's unit of a chunk of the stage at the cursor.
   __device__ __forceinline__ void decode(uint32_t (&a)[16], int chunk = 0) const {
     decode_unit(a, cursor_.stage().data + stage_weights(N) + (chunk * 2 + me_.warpgroup) * kUnitBytes, me_.warp, me_.lane);
   }
+};
 
-  // The assembler moves a decode past the wait for the multiply that it should overlap, unless a branch it cannot see through keeps the two
-  // in different basic blocks: comparing what is left with an opaque zero, although always true, does that.
-  __device__ __forceinline__ static int opaque_zero() {
-    int zero = 0;
-    asm volatile("" : "+r"(zero));
-    return zero;
+// Consumes the stages of one pass over k into `sum`, the factors of the rows included. `meanwhile(piece)`, 0 .. kPassEndPieces - 1 as constants, is
+// called in order while the tensor cores work on the first chunks, before anything is written to `sum`: there is time for what is left to do with the
+// sums of the pass before. It may wait, but not branch otherwise.
+template <int N, bool kL1>
+class MainLoop : private UnitReader<N> {
+  using Reader = UnitReader<N>;
+  using Reader::cursor_, Reader::me_, Reader::wait_full, Reader::take, Reader::release, Reader::tile, Reader::decode, Reader::kChunks;
+
+ public:
+  using Reader::Reader;
+
+  template <typename Meanwhile>
+  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile) {
+    if constexpr (kChunks == 2) {
+      for_each_constant<kPassEndPieces>(meanwhile);
+      clear(sum);
+      run_narrow(sum, num_chunks);
+    } else if constexpr (kL1) {
+      run_wide_l1(sum, num_chunks, meanwhile);
+    } else {
+      run_wide_l2(sum, num_chunks, meanwhile);
+    }
   }
 
-  // Two chunks a stage (one in the last when the number of chunks is odd). While the tensor cores work on one stage the next is decoded. An L1
-  // scale group is two stages, an L2 stage two groups.
-  template <typename LastStage>
-  __device__ __forceinline__ void run_narrow(float (&sum)[N / 2], int num_chunks, LastStage&& last_stage) {
+ private:
+  // Two chunks a stage (one in the last when the number of chunks is odd). While the tensor cores work on one stage the next is decoded.
+  __device__ __forceinline__ void run_narrow(float (&sum)[N / 2], int num_chunks) {
     uint32_t a[2][2][16];
-    float d[2][N / 2];
     const int zero = opaque_zero();
     wait_full();
     decode_stage(a[0]);
     int left = num_chunks;
     for (; left >= 4; left -= 4) {
-      narrow_step<2, true, !kL1>(sum, d, a[0], a[1], left > zero, false, last_stage);
-      narrow_step<2, !kL1, true>(sum, d, a[1], a[0], left > 4, left == 4, last_stage);
+      narrow_step<2>(sum, a[0], a[1], left > zero, false);
+      narrow_step<2>(sum, a[1], a[0], left > 4, left == 4);
     }
     if (left == 3) {
-      narrow_step<2, true, !kL1>(sum, d, a[0], a[1], left > zero, false, last_stage);
-      narrow_step<1, !kL1, true>(sum, d, a[1], a[0], false, true, last_stage);
+      narrow_step<2>(sum, a[0], a[1], left > zero, false);
+      narrow_step<1>(sum, a[1], a[0], false, true);
     } else if (left == 2) {
-      narrow_step<2, true, true>(sum, d, a[0], a[1], false, true, last_stage);
+      narrow_step<2>(sum, a[0], a[1], false, true);
     } else if (left == 1) {
-      narrow_step<1, true, true>(sum, d, a[0], a[1], false, true, last_stage);
+      narrow_step<1>(sum, a[0], a[1], false, true);
     }
   }
 
@@ -76,23 +82,24 @@ class MainLoop : private StageReader {
     decode(a[1], 1);
   }
 
-  // kBegins, kEnds: whether the stage's first chunk begins, and its last ends a scale group.
-  template <int kNum, bool kBegins, bool kEnds, typename LastStage>
-  __device__ __forceinline__ void narrow_step(float (&sum)[N / 2], float (&d)[2][N / 2], uint32_t (&now)[2][16], uint32_t (&next)[2][16], bool more,
-                                              bool last, LastStage&& last_stage) {
+  template <int kNum>
+  __device__ __forceinline__ void narrow_step(float (&sum)[N / 2], uint32_t (&now)[2][16], uint32_t (&next)[2][16], bool more, bool last) {
+    float d[2][N / 2];   // L2: a scale group each
     const Stage stage = take();
     ptx::wgmma_fence();
-    multiply_chunk<N, kBegins>(d[0], now[0], tile(stage, 0));
-    if constexpr (kNum == 2) multiply_chunk<N, !kL1>(d[kL1 ? 0 : 1], now[1], tile(stage, 1));
+    multiply_chunk<N, !kL1>(kL1 ? sum : d[0], now[0], tile(stage, 0));
+    if constexpr (kNum == 2) multiply_chunk<N, !kL1>(kL1 ? sum : d[1], now[1], tile(stage, 1));
     ptx::wgmma_commit();
     if (more) {
       wait_full();
       decode_stage(next);
     }
     ptx::wgmma_wait<0>();
-    if constexpr (kEnds) promote<N>(sum, d[0], stage.data + stage_scales(N), me_.lane);
-    if constexpr (!kL1 && kNum == 2) promote<N>(sum, d[1], stage.data + stage_scales(N) + N * 4, me_.lane);
-    if (last) last_stage(sum, stage.data);
+    if constexpr (!kL1) {
+      promote<N>(sum, d[0], stage.data + stage_scales(N), me_.lane);
+      if constexpr (kNum == 2) promote<N>(sum, d[1], stage.data + stage_scales(N) + N * 4, me_.lane);
+    }
+    if (last) finish<N>(sum, sum, stage, me_.lane);
     release(stage);
   }
 
@@ -101,105 +108,99 @@ class MainLoop : private StageReader {
     for (int i = 0; i < N / 2; ++i) values[i] = 0.f;
   }
 
-  // One chunk a stage. A scale group is several: the next multiply is queued behind the one before without draining it.
+  // One chunk a stage; the next multiply is queued behind the one before without draining it.
   template <typename Meanwhile>
   __device__ __forceinline__ void run_wide_l1(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile) {
     uint32_t a[2][16];
+    float d[N / 2];
     const int zero = opaque_zero();
+    Stage stage{};
+    int left = num_chunks;
     wait_full();
     decode(a[0]);
-    int left = num_chunks;
-    if (left >= kPerGroup) {
-      wide_group<true>(sum, a, left, zero, meanwhile);
-      left -= kPerGroup;
+    if (left >= kPassEndPieces) {
+      wide_chunks<kPassEndPieces, true>(d, a, left, zero, stage, meanwhile);
+      left -= kPassEndPieces;
+      for (; left >= 2; left -= 2) wide_chunks<2, false>(d, a, left, zero, stage, [](auto) {});
+      if (left > 0) wide_chunks<1, false>(d, a, left, zero, stage, [](auto) {});
+      ptx::wgmma_wait<0>();
     } else {
       for_each_constant<kPassEndPieces>(meanwhile);
-      clear(sum);
+      few_chunks(d, a[0], left, stage);
     }
-    for (; left >= kPerGroup; left -= kPerGroup) wide_group<false>(sum, a, left, zero, [](auto) {});
-    if (left > 0) wide_rest(sum, a[0], left);
+    finish<N>(sum, d, stage, me_.lane);
+    release(stage);
   }
 
-  static constexpr int kPerGroup = kActGroup / kUnitK;
-  static_assert(kPerGroup == kPassEndPieces);
-
-  template <bool kFirst, typename Meanwhile>
-  __device__ __forceinline__ void wide_group(float (&sum)[N / 2], uint32_t (&a)[2][16], int left, int zero, Meanwhile&& meanwhile) {
-    float d[N / 2];
-    Stage stage{};
-    for_each_constant<kPerGroup>([&](auto index) {
+  // kFirst: they begin the sums, and `stage`, the last one multiplied, is none yet.
+  template <int kNum, bool kFirst, typename Meanwhile>
+  __device__ __forceinline__ void wide_chunks(float (&d)[N / 2], uint32_t (&a)[2][16], int left, int zero, Stage& stage, Meanwhile&& meanwhile) {
+    for_each_constant<kNum>([&](auto index) {
       constexpr int i = decltype(index)::value;
       const Stage before = stage;
       stage = take();
       ptx::wgmma_fence();
-      multiply_chunk<N, i == 0>(d, a[i % 2], tile(stage, 0));
+      multiply_chunk<N, kFirst && i == 0>(d, a[i % 2], tile(stage));
       ptx::wgmma_commit();
       meanwhile(index);
-      if (i > 0) {
+      if constexpr (!kFirst || i > 0) {
         ptx::wgmma_wait<1>();
         release(before);
       }
-      if (i + 1 < kPerGroup ? left > zero : left > kPerGroup) {
+      if (i + 1 < kNum ? left > zero : left > kNum) {
         wait_full();
         decode(a[(i + 1) % 2]);
       }
     });
-    ptx::wgmma_wait<0>();
-    promote<N, kFirst>(sum, d, stage.data + stage_scales(N), me_.lane);
-    release(stage);
   }
 
-  // The last scale group when it is smaller, whose first unit is decoded: no hurry.
-  __device__ __forceinline__ void wide_rest(float (&sum)[N / 2], uint32_t (&a)[16], int left) {
-    float d[N / 2];
+  // A hidden size of less than kPassEndPieces chunks, the first unit decoded: no hurry. The last stage is still to be given back.
+  __device__ __forceinline__ void few_chunks(float (&d)[N / 2], uint32_t (&a)[16], int left, Stage& stage) {
     clear(d);
-    for (; left > 0; --left) {
-      const Stage stage = take();
+    while (true) {
+      stage = take();
       ptx::wgmma_fence();
-      multiply_chunk<N, false>(d, a, tile(stage, 0));
+      multiply_chunk<N, false>(d, a, tile(stage));
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
-      if (left == 1) promote<N>(sum, d, stage.data + stage_scales(N), me_.lane);
+      if (--left == 0) return;
       release(stage);
-      if (left > 1) {
-        wait_full();
-        decode(a);
-      }
+      wait_full();
+      decode(a);
     }
   }
 
   // One chunk per scale group: the next one is decoded during the multiply, the sum promoted after it.
-  template <typename Meanwhile, typename LastStage>
-  __device__ __forceinline__ void run_wide_l2(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile, LastStage&& last_stage) {
+  template <typename Meanwhile>
+  __device__ __forceinline__ void run_wide_l2(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile) {
     uint32_t a[2][16];
     const int zero = opaque_zero();
     wait_full();
     decode(a[0]);
     int left = num_chunks;
     if (left == 1) {
-      wide_step<true, true>(sum, a[0], a[1], false, meanwhile, last_stage);
+      wide_step<true, true>(sum, a[0], a[1], false, meanwhile);
       return;
     }
-    wide_step<true, false>(sum, a[0], a[1], left > zero, meanwhile, last_stage);
+    wide_step<true, false>(sum, a[0], a[1], left > zero, meanwhile);
     for (--left; left > 2; left -= 2) {
-      wide_step<false, false>(sum, a[1], a[0], left > zero, [](auto) {}, last_stage);
-      wide_step<false, false>(sum, a[0], a[1], left > zero, [](auto) {}, last_stage);
+      wide_step<false, false>(sum, a[1], a[0], left > zero, [](auto) {});
+      wide_step<false, false>(sum, a[0], a[1], left > zero, [](auto) {});
     }
     if (left == 2) {
-      wide_step<false, false>(sum, a[1], a[0], left > zero, [](auto) {}, last_stage);
-      wide_step<false, true>(sum, a[0], a[1], false, [](auto) {}, last_stage);
+      wide_step<false, false>(sum, a[1], a[0], left > zero, [](auto) {});
+      wide_step<false, true>(sum, a[0], a[1], false, [](auto) {});
     } else {
-      wide_step<false, true>(sum, a[1], a[0], false, [](auto) {}, last_stage);
+      wide_step<false, true>(sum, a[1], a[0], false, [](auto) {});
     }
   }
 
-  template <bool kFirst, bool kLast, typename Meanwhile, typename LastStage>
-  __device__ __forceinline__ void wide_step(float (&sum)[N / 2], uint32_t (&now)[16], uint32_t (&next)[16], bool more,
-                                            Meanwhile&& meanwhile, LastStage&& last_stage) {
+  template <bool kFirst, bool kLast, typename Meanwhile>
+  __device__ __forceinline__ void wide_step(float (&sum)[N / 2], uint32_t (&now)[16], uint32_t (&next)[16], bool more, Meanwhile&& meanwhile) {
     float d[N / 2];
     const Stage stage = take();
     ptx::wgmma_fence();
-    multiply_chunk<N, true>(d, now, tile(stage, 0));
+    multiply_chunk<N, true>(d, now, tile(stage));
     ptx::wgmma_commit();
     for_each_constant<kPassEndPieces>(meanwhile);
     if (more) {
@@ -208,8 +209,66 @@ class MainLoop : private StageReader {
     }
     ptx::wgmma_wait<0>();
     promote<N, kFirst>(sum, d, stage.data + stage_scales(N), me_.lane);
-    if constexpr (kLast) last_stage(sum, stage.data);
+    if constexpr (kLast) finish<N>(sum, sum, stage, me_.lane);
     release(stage);
+  }
+};
+
+// L1 of a pair: a chunk is two stages, the widest tile of either block, and the first has the weights. Each unit is decoded once for both.
+class PairLoop : private UnitReader<kMaxTokenTile> {
+ public:
+  using UnitReader::UnitReader;
+
+  // The sums of the two blocks.
+  using Sums = float[2][kMaxTokenTile / 2];
+
+  __device__ __forceinline__ void run(Sums& sum, int num_chunks) {
+    uint32_t a[2][16];
+    const int zero = opaque_zero();
+    Stages now{};
+    int left = num_chunks;
+    wait_full();
+    decode(a[0]);
+    step<true>(sum, a[0], a[1], left > 1, now);
+    for (--left; left >= 2; left -= 2) {
+      step<false>(sum, a[1], a[0], left > zero, now);
+      step<false>(sum, a[0], a[1], left > 2, now);
+    }
+    if (left > 0) step<false>(sum, a[1], a[0], false, now);
+    ptx::wgmma_wait<0>();
+    finish<N>(sum[0], sum[0], now.first, me_.lane);
+    finish<N>(sum[1], sum[1], now.second, me_.lane);
+    release(now.first);
+    release(now.second);
+  }
+
+ private:
+  static constexpr int N = kMaxTokenTile;
+  struct Stages {
+    Stage first, second;
+  };
+
+  // The products of the chunk before are waited for when those of this one are queued.
+  template <bool kBegins>
+  __device__ __forceinline__ void step(Sums& sum, uint32_t (&unit)[16], uint32_t (&next)[16], bool more, Stages& now) const {
+    const Stages before = now;
+    now.first = take();
+    ptx::wgmma_fence();
+    multiply_chunk<N, kBegins>(sum[0], unit, tile(now.first));
+    wait_full();
+    now.second = take();
+    ptx::wgmma_fence();
+    multiply_chunk<N, kBegins>(sum[1], unit, tile(now.second));
+    ptx::wgmma_commit();
+    if constexpr (!kBegins) {
+      ptx::wgmma_wait<1>();
+      release(before.first);
+      release(before.second);
+    }
+    if (more) {
+      wait_full();
+      decode(next);
+    }
   }
 };
 

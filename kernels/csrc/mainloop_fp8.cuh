@@ -1,8 +1,7 @@
 // The product of one unit row block (64 packed rows of a warpgroup) with one token tile over all of k, E4M3 weights from shared memory.
 //
-// Every 128 k the tensor cores accumulate from zero, then one FP32 fused multiply-add per output applies the weight block's scale, and at the end
-// of a token's scale group one more the token's. (Of h a group is 128 k: there both scales are multiplied first.) The order of k never depends
-// on the tile, so neither do the bits of a result.
+// Every 128 k the tensor cores accumulate from zero, then one FP32 fused multiply-add per output applies the weight block's scale; the token's follows
+// at the end. (h has a scale per 128 k: in L2 both are multiplied first.) The order of k never depends on the tile, so neither do the bits of a result.
 #pragma once
 #include "multiply.cuh"
 
@@ -15,19 +14,19 @@ struct RowScales {
   __device__ __forceinline__ static constexpr float high() { return 1.f; }
 };
 
-// As mainloop_fp4.cuh's: see there for `meanwhile` and `last_stage`.
+// As mainloop_fp4.cuh's: see there for `meanwhile`.
 template <int N, bool kL1>
 class MainLoop : private StageReader {
  public:
   using StageReader::StageReader;
 
-  template <typename Meanwhile, typename LastStage>
-  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile, LastStage&& last_stage) {
+  template <typename Meanwhile>
+  __device__ __forceinline__ void run(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile) {
     if constexpr (kWaitAhead) {
-      run_pass(sum, num_chunks, meanwhile, last_stage);
+      run_pass(sum, num_chunks, meanwhile);
     } else {
       for_each_constant<kPassEndPieces>(meanwhile);   // somebody waits for what it gives, and the first stage may take a while
-      run_pass(sum, num_chunks, [](auto) {}, last_stage);
+      run_pass(sum, num_chunks, [](auto) {});
     }
   }
 
@@ -35,40 +34,32 @@ class MainLoop : private StageReader {
   // Few tokens: memory sets the pace, a stage is given back before the next is waited for. Many: that wait is hidden behind the multiply.
   static constexpr bool kWaitAhead = N > 32;
 
-  template <typename Meanwhile, typename LastStage>
-  __device__ __forceinline__ void run_pass(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile, LastStage&& last_stage) {
+  template <typename Meanwhile>
+  __device__ __forceinline__ void run_pass(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile) {
     wait_full();
     if constexpr (kL1) {
-      int left = num_chunks;
-      run_group<true>(sum, left, meanwhile);
-      while (left > 0) run_group<false>(sum, left, [](auto) {});
+      run_l1(sum, num_chunks, meanwhile);
     } else if (num_chunks == 1) {
-      step<true, true>(sum, meanwhile, last_stage);
+      step<true, true>(sum, meanwhile);
     } else {
-      step<true, false>(sum, meanwhile, last_stage);
-      for (int chunk = 2; chunk < num_chunks; ++chunk) step<false, false>(sum, [](auto) {}, last_stage);
-      step<false, true>(sum, [](auto) {}, last_stage);
+      step<true, false>(sum, meanwhile);
+      for (int chunk = 2; chunk < num_chunks; ++chunk) step<false, false>(sum, [](auto) {});
+      step<false, true>(sum, [](auto) {});
     }
   }
 
-  // A scale group of x, up to 4 of `left` chunks: rows r and r + 8 are gate and up, of two weight blocks.
-  template <bool kFirst, typename Meanwhile>
-  __device__ __forceinline__ void run_group(float (&sum)[N / 2], int& left, Meanwhile&& meanwhile) {
-    const int num = min(left, kActGroup / kUnitK);
-    left -= num;
-    float group[N / 2];
-    Stage stage = group_step<true>(group, left + num > 1, meanwhile);
+  // Rows r and r + 8 are gate and up, of two weight blocks.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void run_l1(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile) {
+    float total[N / 2];
+    Stage stage = block_step<true>(total, num_chunks > 1, meanwhile);
 #pragma unroll 1   // across a loop's back edge ptxas moves nothing that reads accumulators; in a straight line it does, and serialises the multiplies
-    for (int i = 1; i < num; ++i) {
+    for (int left = num_chunks - 1; left > 0; --left) {
       next_stage(stage);
-      stage = group_step<false>(group, left + num - i > 1, [](auto) {});
+      stage = block_step<false>(total, left > 1, [](auto) {});
     }
-    promote<N, kFirst>(sum, group, stage.data + stage_scales(N), me_.lane);
-    if (left > 0) {
-      next_stage(stage);
-    } else {
-      release(stage);
-    }
+    finish<N>(sum, total, stage, me_.lane);
+    release(stage);
   }
 
   __device__ __forceinline__ void next_stage(const Stage& done) const {
@@ -78,7 +69,7 @@ class MainLoop : private StageReader {
 
   // One chunk of it. The stage is still to be given back.
   template <bool kBegins, typename Meanwhile>
-  __device__ __forceinline__ Stage group_step(float (&group)[N / 2], bool more, Meanwhile&& meanwhile) {
+  __device__ __forceinline__ Stage block_step(float (&total)[N / 2], bool more, Meanwhile&& meanwhile) {
     float d[N / 2];
     const Stage stage = take();
     multiply(d, stage.data);
@@ -89,7 +80,7 @@ class MainLoop : private StageReader {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
       const float scale = i % 4 < 2 ? block.x : block.y;
-      group[i] = kBegins ? __fmul_rn(d[i], scale) : fmaf(d[i], scale, group[i]);
+      total[i] = kBegins ? __fmul_rn(d[i], scale) : fmaf(d[i], scale, total[i]);
     }
     return stage;
   }
@@ -131,8 +122,8 @@ class MainLoop : private StageReader {
   }
 
   // One chunk of L2. Scales are loaded during the multiply: afterwards the other warpgroup's multiply would hold them up.
-  template <bool kFirst, bool kLast, typename Meanwhile, typename LastStage>
-  __device__ __forceinline__ void step(float (&sum)[N / 2], Meanwhile&& meanwhile, LastStage&& last_stage) {
+  template <bool kFirst, bool kLast, typename Meanwhile>
+  __device__ __forceinline__ void step(float (&sum)[N / 2], Meanwhile&& meanwhile) {
     float d[N / 2];
     const Stage stage = take();
     multiply(d, stage.data);
@@ -141,7 +132,7 @@ class MainLoop : private StageReader {
     const Scales scales = load_scales(stage.data);
     ptx::wgmma_wait<0>();
     promote_block<kFirst>(sum, d, scales);
-    if constexpr (kLast) last_stage(sum, stage.data);
+    if constexpr (kLast) finish<N>(sum, sum, stage, me_.lane);
     release(stage);
     if constexpr (!kLast && !kWaitAhead) wait_full();
   }

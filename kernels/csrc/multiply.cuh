@@ -59,16 +59,28 @@ __device__ __forceinline__ void multiply_chunk(float (&d)[N / 2], const uint32_t
   });
 }
 
-// A scale group's sums times their tokens' scales (shared address of N floats), added to `sum` or, of the first group, alone.
-template <int N, bool kFirst = false>
-__device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N / 2], uint32_t scales, int lane) {
-  const uint32_t mine = scales + lane % 4 * 8;
+// f(j, the factor of the token that accumulator j is of), for all j; `factors`: shared address of N floats.
+template <int N, typename F>
+__device__ __forceinline__ void for_each_token(uint32_t factors, int lane, F&& f) {
+  const uint32_t mine = factors + lane % 4 * 8;
   for_each_constant<N / 8>([&](auto index) {
     constexpr int i = decltype(index)::value;
-    const float2 scale = ptx::load_shared_float2<i * 32>(mine);
+    const float2 factor = ptx::load_shared_float2<i * 32>(mine);
 #pragma unroll
-    for (int j = 4 * i; j < 4 * i + 4; ++j) sum[j] = fmaf(d[j], j % 2 ? scale.y : scale.x, kFirst ? 0.f : sum[j]);
+    for (int j = 4 * i; j < 4 * i + 4; ++j) f(j, j % 2 ? factor.y : factor.x);
   });
+}
+
+// A scale group's sums times their tokens' scales, added to `sum` or, of the first group, alone.
+template <int N, bool kFirst = false>
+__device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N / 2], uint32_t scales, int lane) {
+  for_each_token<N>(scales, lane, [&](int j, float scale) { sum[j] = fmaf(d[j], scale, kFirst ? 0.f : sum[j]); });
+}
+
+// A pass's sums `d` times the factors of their tokens' rows.
+template <int N>
+__device__ __forceinline__ void finish(float (&sum)[N / 2], const float (&d)[N / 2], const Stage& last, int lane) {
+  for_each_token<N>(last.data + stage_row_factors(N), lane, [&](int j, float factor) { sum[j] = __fmul_rn(d[j], factor); });
 }
 
 }  // namespace hopper_moe

@@ -17,13 +17,14 @@ constexpr int kStageBytes = (kFp8Weights ? 34 : 26) * 1024;
 constexpr int kMathWarps = 8;
 constexpr int kServiceWarps = 2;
 
-// What one stage holds for token tile N: chunks of 128 k. Activations first (their swizzle needs 1024-byte alignment), then weights, then
-// activation scales, then (last stage of an L2 task) the routing weights of the rows, then (FP8) the scales of the weight block.
+// What one stage holds for token tile N: chunks of 128 k. Activations first (their swizzle needs 1024-byte alignment), then weights, then (L2)
+// activation scales, then (last stage of a pass) the factors of the rows, which are x's scales in L1 and routing weights in L2, then (FP8) the scales
+// of the weight block. A chunk of a pair takes two stages, the second without weights.
 __host__ __device__ constexpr int chunks_per_stage(int tile) { return !kFp8Weights && tile <= 32 ? 2 : 1; }
 __host__ __device__ constexpr int stage_weights(int tile) { return chunks_per_stage(tile) * tile * kUnitK; }
 __host__ __device__ constexpr int stage_scales(int tile) { return stage_weights(tile) + chunks_per_stage(tile) * kRowTileBytes; }
-__host__ __device__ constexpr int stage_row_weights(int tile) { return stage_scales(tile) + chunks_per_stage(tile) * tile * 4; }
-__host__ __device__ constexpr int stage_block_scales(int tile) { return stage_row_weights(tile) + tile * 4; }
+__host__ __device__ constexpr int stage_row_factors(int tile) { return stage_scales(tile) + chunks_per_stage(tile) * tile * 4; }
+__host__ __device__ constexpr int stage_block_scales(int tile) { return stage_row_factors(tile) + tile * 4; }
 __host__ __device__ constexpr int stage_end(int tile) { return stage_block_scales(tile) + kBlockScaleBytes; }
 constexpr int kStageData = kStageBytes - 16;   // behind it the stage's barriers
 static_assert(stage_end(8) <= kStageData && stage_end(16) <= kStageData && stage_end(32) <= kStageData && stage_end(64) <= kStageData &&
@@ -37,10 +38,10 @@ static_assert(stage_end(8) <= kStageData && stage_end(16) <= kStageData && stage
 // at most kNumStages tasks behind the producer.
 constexpr int kNumTaskSlots = 16;
 static_assert(kNumTaskSlots > kNumStages + 5);
-constexpr int kTaskKinds = 512;
+constexpr int kTaskKinds = 1024;
 struct TaskSlot {
   int index;       // in the task list; the list's length ends the CTA's work
-  int code;        // kTaskKinds * wave + 2 * token tile + is_l1; 0 ends the CTA's work
+  int code;        // kTaskKinds * wave + 2 * (token tile, twice for a pair) + is_l1; 0 ends the CTA's work
   int first_row;   // first packed row of the task in w13_base / w2_base, counted over all local experts
 };
 
@@ -130,7 +131,7 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
       const int num_chunks = (task.is_l1 ? s.hidden : s.intermediate) / kUnitK;
       const int num_row_tiles = task.is_l1 ? 2 * s.num_features_tiles() : s.num_row_tiles();
       const int passes = task.is_l1 ? 2 : 1, first_row_tile = task.block.expert * num_row_tiles + task.tile * passes;
-      slot.code = kTaskKinds * task.wave + 2 * tile + task.is_l1;
+      slot.code = kTaskKinds * task.wave + 2 * (tile << task.is_pair) + task.is_l1;
       slot.first_row = first_row_tile * kRowTile;
       feed.post();
       const uint8_t* weights = (task.is_l1 ? p.w13_packed : p.w2_packed) + int64_t{first_row_tile} * num_chunks * kRowTileBytes;
@@ -151,6 +152,11 @@ __device__ inline void produce_weights(const MegaMoeParams& p, const ExpertTable
           }
           weights += num_bytes;
           cursor.advance();
+          if (task.is_pair) {
+            cursor.wait_empty();
+            ptx::mbarrier_arrive(cursor.stage().full());
+            cursor.advance();
+          }
         }
       }
     } else {
@@ -170,28 +176,29 @@ __device__ inline void produce_activations(const MegaMoeParams& p, const ExpertT
     const Task task = tasks.get(table, p, index);
     const int tile = task.block.tile, row = task.block.row, per_stage = chunks_per_stage(tile);
     const int k = task.is_l1 ? s.hidden : s.intermediate, num_chunks = k / kUnitK;
-    const int chunks_per_group = task.is_l1 ? kActGroup / kUnitK : 1, num_groups = ceil_div(num_chunks, chunks_per_group);
     const uint8_t* pool = p.local<uint8_t>(task.is_l1 ? p.ws.pool_x : p.ws.pool_h) + int64_t{row} * k;
-    const float* scales = p.local<float>(task.is_l1 ? p.ws.pool_x_scale : p.ws.pool_h_scale) + int64_t{row} * num_groups;
+    const float* scales = p.local<float>(p.ws.pool_h_scale) + int64_t{row} * num_chunks;   // of L2
+    const float* row_factors = p.local<float>(task.is_l1 ? p.ws.pool_x_scale : p.ws.pool_weight) + row;
     const uint32_t* ready = (task.is_l1 ? p.x_ready(launch) : p.h_ready(launch)) + task.block.index;
-    const uint32_t target = task.is_l1 ? task.block.num_rows : kServiceWarps * s.num_features_tiles();
-    ptx::wait_at_least(ready, target);
+    ptx::wait_at_least(ready, task.is_l1 ? task.block.num_rows : kServiceWarps * s.num_features_tiles());
+    if (task.is_pair) ptx::wait_at_least(ready + 1, token_block(table, p, task.block.index + 1).num_rows);
     ptx::fence_async_global();
     for (int pass = 0; pass < (task.is_l1 ? 2 : 1); ++pass) {
       for (int chunk = 0; chunk < num_chunks; chunk += per_stage) {
         const int num = min(per_stage, num_chunks - chunk);
-        const int group = chunk / chunks_per_group, groups = ceil_div(chunk + num, chunks_per_group) - group;
-        const uint32_t tile_bytes = num * tile * kUnitK, scale_bytes = groups * tile * 4;
-        const Stage stage = cursor.stage();
-        cursor.wait_empty();
-        const bool with_weights = !task.is_l1 && chunk + num == num_chunks;
-        ptx::mbarrier_arrive_expect_tx(stage.full(), tile_bytes + scale_bytes + (with_weights ? tile * 4 : 0));
-        ptx::bulk_load(stage.data, pool + int64_t{chunk} * tile * kUnitK, tile_bytes, stage.full(), ptx::kEvictNormal);
-        ptx::bulk_load(stage.data + stage_scales(tile), scales + int64_t{group} * tile, scale_bytes, stage.full(), ptx::kEvictNormal);
-        if (with_weights) {
-          ptx::bulk_load(stage.data + stage_row_weights(tile), p.local<float>(p.ws.pool_weight) + row, tile * 4, stage.full(), ptx::kEvictNormal);
+        const uint32_t tile_bytes = num * tile * kUnitK, scale_bytes = task.is_l1 ? 0 : num * tile * 4;
+        const uint32_t factor_bytes = chunk + num == num_chunks ? tile * 4 : 0;
+        for (int part = 0; part <= task.is_pair; ++part) {
+          const Stage stage = cursor.stage();
+          cursor.wait_empty();
+          ptx::mbarrier_arrive_expect_tx(stage.full(), tile_bytes + scale_bytes + factor_bytes);
+          ptx::bulk_load(stage.data, pool + (int64_t{part} * k + chunk * kUnitK) * tile, tile_bytes, stage.full(), ptx::kEvictNormal);
+          if (scale_bytes) ptx::bulk_load(stage.data + stage_scales(tile), scales + chunk * tile, scale_bytes, stage.full(), ptx::kEvictNormal);
+          if (factor_bytes) {
+            ptx::bulk_load(stage.data + stage_row_factors(tile), row_factors + part * tile, factor_bytes, stage.full(), ptx::kEvictNormal);
+          }
+          cursor.advance();
         }
-        cursor.advance();
       }
     }
   }

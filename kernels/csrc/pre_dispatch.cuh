@@ -20,60 +20,51 @@ struct PreDispatchParams {
 };
 
 constexpr int kPreDispatchThreads = 256;
-constexpr int kFp4GroupShift = 6;       // the group's largest E2M1 value, 6 * 2**6 = 384, still fits E4M3
+constexpr int kFp4GroupShift = 6;       // the token's largest E2M1 value, 6 * 2**6 = 384, still fits E4M3
 constexpr int kMinFp4Exponent = -20;    // 6 * 2**-20 is far below half the smallest E4M3 number, as is everything smaller
 
-// Position among 256 of the first of a lane's 8 features; the second four stand 16 further.
-__device__ __forceinline__ int lane_position(int lane) { return lane * 8 / kUnitK * kUnitK + wgmma_position(lane * 8 % kUnitK); }
+// Where feature `first` of a row, a multiple of 8, and the three behind it stand; the next four stand 16 further.
+__device__ __forceinline__ int position_of(int first) { return first / kUnitK * kUnitK + wgmma_position(first % kUnitK); }
 
-// One warp, one scale group of up to kActGroup features: 8 a lane of every 256. Of the last group `num_features` are there.
-constexpr int kPieces = kActGroup / 256;
+// A thread's eight neighbouring features of a token.
+struct Features {
+  uint32_t words[4];   // BF16
 
-struct LaneFeatures {
-  uint32_t words[kPieces][4];   // BF16; zeros behind the row's end
-
-  __device__ __forceinline__ LaneFeatures(const uint16_t* in, int num_features, int lane) {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (is_there(i, num_features, lane)) v = *reinterpret_cast<const uint4*>(in + i * 256 + lane * 8);
-      words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
-    }
+  __device__ __forceinline__ explicit Features(const uint16_t* in) {
+    const uint4 v = *reinterpret_cast<const uint4*>(in);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
   }
-  __device__ __forceinline__ static bool is_there(int piece, int num_features, int lane) { return piece * 256 + lane * 8 < num_features; }
-  // Of the lane's eight; a group of zeros has a finite 448 / amax.
-  __device__ __forceinline__ float amax(int piece) const {
-    float amax = kAmaxFloor;
+  __device__ __forceinline__ float amax() const {
+    float amax = 0.f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fmaxf(fabsf(ptx::bf16_low(words[piece][i])), fabsf(ptx::bf16_high(words[piece][i]))));
+    for (int i = 0; i < 4; ++i) amax = fmaxf(amax, fmaxf(fabsf(ptx::bf16_low(words[i])), fabsf(ptx::bf16_high(words[i]))));
     return amax;
   }
 };
 
-__device__ __forceinline__ void quantize_group(const uint16_t* in, uint8_t* out, float* scale, int lane, int num_features) {
-  const LaneFeatures x(in, num_features, lane);
+// max|x| of the CTA's token, in every thread; of zeros it is kAmaxFloor, so that 448 / amax is finite.
+__device__ __forceinline__ float token_amax(const uint16_t* in, int hidden) {
+  __shared__ float of_warp[kPreDispatchThreads / 32];
   float amax = kAmaxFloor;
-#pragma unroll
-  for (int i = 0; i < kPieces; ++i) amax = fmaxf(amax, x.amax(i));
+  for (int first = threadIdx.x * 8; first < hidden; first += kPreDispatchThreads * 8) amax = fmaxf(amax, Features(in + first).amax());
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
-  const float inverse = __fdiv_rn(kE4m3Max, amax);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = amax;
+  __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    uint32_t q[2];
+  for (int warp = 0; warp < kPreDispatchThreads / 32; ++warp) amax = fmaxf(amax, of_warp[warp]);
+  return amax;
+}
+
+// Eight features to E4M3; `inverse` is 448 / amax.
+__device__ __forceinline__ void quantize(const Features& x, uint8_t* out, float inverse) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const uint32_t first = x.words[i][2 * j], second = x.words[i][2 * j + 1];
-      q[j] = ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(first), inverse), __fmul_rn(ptx::bf16_high(first), inverse)) |
-             static_cast<uint32_t>(ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(second), inverse), __fmul_rn(ptx::bf16_high(second), inverse))) << 16;
-    }
-    if (x.is_there(i, num_features, lane)) {
-      uint8_t* at = out + i * 256 + lane_position(lane);
-      *reinterpret_cast<uint32_t*>(at) = q[0];
-      *reinterpret_cast<uint32_t*>(at + 16) = q[1];
-    }
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t first = x.words[2 * half], second = x.words[2 * half + 1];
+    const uint32_t low = ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(first), inverse), __fmul_rn(ptx::bf16_high(first), inverse));
+    const uint32_t high = ptx::to_e4m3x2(__fmul_rn(ptx::bf16_low(second), inverse), __fmul_rn(ptx::bf16_high(second), inverse));
+    *reinterpret_cast<uint32_t*>(out + 16 * half) = low | high << 16;   // the second four stand 16 further
   }
-  if (lane == 0) *scale = __fdiv_rn(amax, kE4m3Max);
 }
 
 // Smallest e with 6 * 2**e >= amax, the largest E2M1 value being 6 = 1.5 * 2**2.
@@ -89,42 +80,30 @@ __device__ __forceinline__ uint32_t to_e2m1(float v) {
   return code | (__float_as_uint(v) >> 31) << 3;
 }
 
-// The same for FP4 dispatch: E2M1 with an exponent per 32 features, relative to the group's E4M3 scale (contract section 1, options).
-__device__ __forceinline__ void quantize_group_fp4(const uint16_t* in, uint8_t* out, int8_t* exponents, float* scale, int lane, int num_features) {
-  const LaneFeatures x(in, num_features, lane);
-  int exponent[kPieces], largest = e2m1_exponent(kAmaxFloor);
+// Eight features to E2M1 for FP4 dispatch, with an exponent per 32 features (four lanes) relative to the token's E4M3 scale, whose exponent is
+// `token_exponent` (contract section 1, options).
+__device__ __forceinline__ void quantize_fp4(const Features& x, uint8_t* out, int8_t* relative_exponent, int token_exponent) {
+  const uint32_t group = 0xFu << threadIdx.x % 32 / 4 * 4;
+  float amax = fmaxf(kAmaxFloor, x.amax());
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    float amax = x.amax(i);
+  for (int step = 1; step < kFp4Group / 8; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(group, amax, step));
+  const int exponent = e2m1_exponent(amax);
+  const float inverse = __int_as_float((127 - exponent) << 23);
+  uint32_t nibbles = 0;
 #pragma unroll
-    for (int step = 1; step < kFp4Group / 8; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
-    exponent[i] = e2m1_exponent(amax);
-    largest = max(largest, exponent[i]);
+  for (int j = 0; j < 4; ++j) {
+    nibbles |= (to_e2m1(ptx::bf16_low(x.words[j]) * inverse) | to_e2m1(ptx::bf16_high(x.words[j]) * inverse) << 4) << 8 * j;
   }
-  const int group_exponent = __reduce_max_sync(~0u, largest) - kFp4GroupShift;
-#pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    const float inverse = __int_as_float((127 - exponent[i]) << 23);
-    uint32_t nibbles = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t word = x.words[i][j];
-      nibbles |= (to_e2m1(ptx::bf16_low(word) * inverse) | to_e2m1(ptx::bf16_high(word) * inverse) << 4) << 8 * j;
-    }
-    if (!x.is_there(i, num_features, lane)) continue;
-    uint8_t* at = out + (i * 256 + lane_position(lane)) / 2;
-    *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(nibbles);
-    *reinterpret_cast<uint16_t*>(at + 8) = static_cast<uint16_t>(nibbles >> 16);
-    if (lane % (kFp4Group / 8) == 0) exponents[(i * 256 + lane * 8) / kFp4Group] = static_cast<int8_t>(max(exponent[i] - group_exponent, kMinFp4Exponent));
-  }
-  if (lane == 0) *scale = __int_as_float((group_exponent + 127) << 23);
+  *reinterpret_cast<uint16_t*>(out) = static_cast<uint16_t>(nibbles);
+  *reinterpret_cast<uint16_t*>(out + 8) = static_cast<uint16_t>(nibbles >> 16);
+  if (threadIdx.x % (kFp4Group / 8) == 0) *relative_exponent = static_cast<int8_t>(max(exponent - token_exponent, kMinFp4Exponent));
 }
 
 __global__ void __launch_bounds__(kPreDispatchThreads) pre_dispatch_kernel(const __grid_constant__ PreDispatchParams p) {
   ptx::grid_dependency_launch();
   ptx::grid_dependency_wait();   // inputs, and the counters of the previous launch of the fused kernel
   const Shape& s = p.shape;
-  const int token = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int token = blockIdx.x;
   auto at = [&](int64_t offset) { return p.workspace + offset; };
   const bool valid = token < p.num_tokens && (p.num_valid_tokens == nullptr || token < *p.num_valid_tokens);
   if (threadIdx.x < s.top_k) {
@@ -140,16 +119,23 @@ __global__ void __launch_bounds__(kPreDispatchThreads) pre_dispatch_kernel(const
     }
   }
   if (!valid) return;
-  const int num_groups = s.num_scale_groups();
-  for (int group = warp; group < num_groups; group += kPreDispatchThreads / 32) {
-    const int64_t first = int64_t{token} * s.hidden + group * kActGroup;
-    float* scale = reinterpret_cast<float*>(at(p.ws.x_scale)) + token * num_groups + group;
-    const int num_features = s.hidden - group * kActGroup;
-    if (s.fp4_dispatch) {
-      quantize_group_fp4(p.hidden_states + first, at(p.ws.x) + first / 2, reinterpret_cast<int8_t*>(at(p.ws.x_exponent)) + first / kFp4Group, scale, lane, num_features);
-    } else {
-      quantize_group(p.hidden_states + first, at(p.ws.x) + first, scale, lane, num_features);
+  const int64_t row = int64_t{token} * s.hidden;
+  const uint16_t* in = p.hidden_states + row;
+  const float amax = token_amax(in, s.hidden);
+  float* scale = reinterpret_cast<float*>(at(p.ws.x_scale)) + token;
+  if (s.fp4_dispatch) {
+    const int exponent = e2m1_exponent(amax) - kFp4GroupShift;
+    for (int first = threadIdx.x * 8; first < s.hidden; first += kPreDispatchThreads * 8) {
+      const int64_t to = row + position_of(first);
+      quantize_fp4(Features(in + first), at(p.ws.x) + to / 2, reinterpret_cast<int8_t*>(at(p.ws.x_exponent)) + (row + first) / kFp4Group, exponent);
     }
+    if (threadIdx.x == 0) *scale = __int_as_float((exponent + 127) << 23);
+  } else {
+    const float inverse = __fdiv_rn(kE4m3Max, amax);
+    for (int first = threadIdx.x * 8; first < s.hidden; first += kPreDispatchThreads * 8) {
+      quantize(Features(in + first), at(p.ws.x) + row + position_of(first), inverse);
+    }
+    if (threadIdx.x == 0) *scale = __fdiv_rn(amax, kE4m3Max);
   }
 }
 

@@ -64,7 +64,12 @@ struct PassEnd {
   }
 };
 
-// Rows r and r + 8 of a thread are gate and up of one feature. A tile has two passes.
+// Rows r and r + 8 of a thread are gate and up of one feature: h of it for two tokens.
+__device__ __forceinline__ uint32_t features_of(const float* v, float low, float high, float limit) {
+  return ptx::to_bf16x2(swiglu(v[0] * low, v[2] * high, limit), swiglu(v[1] * low, v[3] * high, limit));
+}
+
+// A tile has two passes.
 template <int N, int kPiece>
 __device__ __forceinline__ void end_l1_pass(MathContext& c, const float (&sum)[N / 2], const PassEnd& end) {
   constexpr int kBlocks = N >= 32 ? 4 : N / 8;   // 8 x 8 blocks of one store
@@ -76,8 +81,7 @@ __device__ __forceinline__ void end_l1_pass(MathContext& c, const float (&sum)[N
     uint32_t h[kBlocks];
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
-      const float* v = sum + 4 * (i + j);
-      h[j] = ptx::to_bf16x2(swiglu(v[0] * end.low, v[2] * end.high, limit), swiglu(v[1] * end.low, v[3] * end.high, limit));
+      h[j] = features_of(sum + 4 * (i + j), end.low, end.high, limit);
     }
     ptx::store_matrix_transposed(c.tile_address(8 * i + c.me.lane % (8 * kBlocks), chunk), h);
   }
@@ -88,11 +92,11 @@ __device__ __forceinline__ void end_l1_pass(MathContext& c, const float (&sum)[N
 template <int N, int kPiece>
 __device__ __forceinline__ void end_l2_pass(MathContext& c, const float (&sum)[N / 2], const PassEnd& end) {
   constexpr int kBlocks = N >= 16 ? 4 : 2;   // two of them (rows r and r + 8) per 8 tokens
-  constexpr int kTokenBlocks = N / 8 < kPassEndPieces ? kPiece == 0 ? N / 8 : 0 : N / 8 / kPassEndPieces;   // of a piece
+  constexpr int kStores = N / 8 / (kBlocks / 2), kFirst = kStores * kPiece / kPassEndPieces, kLast = kStores * (kPiece + 1) / kPassEndPieces;   // of a piece
   const int block = c.me.lane / 8 % kBlocks, chunk = (c.me.warpgroup * 4 + c.me.warp) * 2 + block % 2;
   if (kPiece == 0) c.wait_tile();
 #pragma unroll
-  for (int i = kPiece * kTokenBlocks; i < (kPiece + 1) * kTokenBlocks; i += kBlocks / 2) {
+  for (int i = kFirst * (kBlocks / 2); i < kLast * (kBlocks / 2); i += kBlocks / 2) {
     uint32_t y[kBlocks];
 #pragma unroll
     for (int j = 0; j < kBlocks / 2; ++j) {
@@ -118,13 +122,89 @@ __device__ __forceinline__ void run_l1(MathContext& c, TaskFeed& feed, MathTask&
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       const RowScales scales(c.p.w13_base + task.first_row + pass * kRowTile + c.row_in_tile());
-      MainLoop<N, true>(c.cursor, c.me).run(sum, c.p.shape.hidden / kUnitK, piece_of_end, [](const float (&)[N / 2], uint32_t) {});
+      MainLoop<N, true>(c.cursor, c.me).run(sum, c.p.shape.hidden / kUnitK, piece_of_end);
       end.begin(pass, scales);
     }
     task = MathTask(feed);
   } while (task.code == code);
   for_each_constant<kPassEndPieces>(piece_of_end);
 }
+
+#if HM_WEIGHT_BITS == 4
+// L1 of pairs. A pass leaves a half of both blocks' tiles of h, which go to the service warps one after the other, a pass apart, so that they have
+// that long for each: what waits is kept as BF16, like the results of the other tiles behind the task's last product.
+class PairResults {
+ public:
+  __device__ __forceinline__ explicit PairResults(MathContext& c) : c_(c) {}
+
+  __device__ __forceinline__ void end_first_pass(const PairLoop::Sums& sum, const RowScales& scales) {
+    hand_over_second();
+    convert(half_[0], sum[0], scales);
+    convert(half_[1], sum[1], scales);
+  }
+
+  __device__ __forceinline__ void end_second_pass(const PairLoop::Sums& sum, const RowScales& scales) {
+    c_.wait_tile();
+    store(half_[0], 0);
+    convert(half_[0], sum[0], scales);
+    store(half_[0], 1);
+    c_.hand_over_tile();
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) half_[0][i] = half_[1][i];
+    convert(half_[1], sum[1], scales);
+    there_ = true;
+  }
+
+  // The second block's tile, if one is left.
+  __device__ __forceinline__ void hand_over_second() {
+    if (!there_) return;
+    c_.wait_tile();
+    store(half_[0], 0);
+    store(half_[1], 1);
+    c_.hand_over_tile();
+    there_ = false;
+  }
+
+ private:
+  static constexpr int kWords = kMaxTokenTile / 8;
+
+  __device__ __forceinline__ void convert(uint32_t (&half)[kWords], const float (&sum)[kMaxTokenTile / 2], const RowScales& scales) const {
+    const float low = scales.low(), high = scales.high(), limit = c_.p.swiglu_limit;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) half[i] = features_of(sum + 4 * i, low, high, limit);
+  }
+
+  __device__ __forceinline__ void store(const uint32_t (&half)[kWords], int pass) const {
+    const int chunk = pass * 8 + c_.me.warpgroup * 4 + c_.me.warp;
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint32_t h[4] = {half[i], half[i + 1], half[i + 2], half[i + 3]};
+      ptx::store_matrix_transposed(c_.tile_address(8 * i + c_.me.lane, chunk), h);
+    }
+  }
+
+  MathContext& c_;
+  uint32_t half_[2][kWords];   // behind a first pass: its half of either block; behind a second: both halves of the second block
+  bool there_ = false;         // the second block's
+};
+
+__device__ __forceinline__ void run_l1_pairs(MathContext& c, TaskFeed& feed, MathTask& task) {
+  const int code = task.code, num_chunks = c.p.shape.hidden / kUnitK;
+  PairResults results(c);
+  PairLoop::Sums sum;
+  PairLoop loop(c.cursor, c.me);
+  do {
+    const uint8_t* base = c.p.w13_base + task.first_row + c.row_in_tile();
+    const RowScales first(base), second(base + kRowTile);
+    loop.run(sum, num_chunks);
+    results.end_first_pass(sum, first);
+    loop.run(sum, num_chunks);
+    results.end_second_pass(sum, second);
+    task = MathTask(feed);
+  } while (task.code == code);
+  results.hand_over_second();
+}
+#endif
 
 // L2: 128 output columns, times the routing weight.
 template <int N>
@@ -137,17 +217,7 @@ __device__ __forceinline__ void run_l2(MathContext& c, TaskFeed& feed, MathTask&
   };
   do {
     const RowScales scales(c.p.w2_base + task.first_row + c.row_in_tile());
-    MainLoop<N, false>(c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, piece_of_end, [&](float (&sum)[N / 2], uint32_t stage) {
-      const uint32_t weights = stage + stage_row_weights(N) + c.me.lane % 4 * 8;
-      for_each_constant<N / 8>([&](auto index) {
-        constexpr int i = decltype(index)::value;
-        const float2 weight = ptx::load_shared_float2<i * 32>(weights);
-        sum[4 * i] *= weight.x;
-        sum[4 * i + 1] *= weight.y;
-        sum[4 * i + 2] *= weight.x;
-        sum[4 * i + 3] *= weight.y;
-      });
-    });
+    MainLoop<N, false>(c.cursor, c.me).run(sum, c.p.shape.intermediate / kUnitK, piece_of_end);
     end.begin(0, scales);
     task = MathTask(feed);
   } while (task.code == code);
@@ -172,6 +242,9 @@ __device__ __forceinline__ void run_math(MathContext& c, TaskFeed feed) {
       case 32: run_tasks<32>(c, feed, task); break;
       case 64: run_tasks<64>(c, feed, task); break;
       case 96: run_tasks<96>(c, feed, task); break;
+#if HM_WEIGHT_BITS == 4
+      case 2 * kMaxTokenTile: run_l1_pairs(c, feed, task); break;
+#endif
       default: run_tasks<128>(c, feed, task); break;
     }
   }

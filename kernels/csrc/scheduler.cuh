@@ -8,8 +8,9 @@ struct ExpertTable {                 // in shared memory; entry [num_local_exper
   int slot_base[kMaxExperts + 1];    // valid rows before the expert
   int row_base[kMaxExperts + 1];     // pool rows (padded) before the expert
   int block_base[kMaxExperts + 1];   // token blocks before the expert
+  int unit_base[kMaxExperts + 1];    // L1 units before the expert if blocks are paired
   int rank_count[kMaxExperts];       // [rank][local expert]: rows that each source rank sends
-  int warp_total[3][16];
+  int warp_total[4][16];
 };
 
 struct TokenBlock {
@@ -31,7 +32,7 @@ __device__ __forceinline__ int find_expert(const int* base, int num_experts, int
 
 __device__ __forceinline__ int tail_tile(const TileTable& tiles, int num_rows) { return tiles.tail_tile[(num_rows + 7) / 8]; }
 
-// Inclusive scan of three values over the CTA's first num_local_experts threads, as exclusive prefixes in the table. All threads call it.
+// Inclusive scan of four values over the CTA's first num_local_experts threads, as exclusive prefixes in the table. All threads call it.
 __device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParams& p, uint32_t launch) {
   const Shape& s = p.shape;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -40,10 +41,10 @@ __device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParam
                                             : p.counters(p.ws.received_count, num_counts, launch);
   for (int i = thread; i < num_counts; i += blockDim.x) table.rank_count[i] = static_cast<int>(__ldcg(counts + i));
   __syncthreads();
-  int carry[3] = {0, 0, 0};
+  int carry[4] = {0, 0, 0, 0};
   for (int first = 0; first < s.num_local_experts; first += blockDim.x) {
     const int expert = first + thread;
-    int value[3] = {0, 0, 0};
+    int value[4] = {0, 0, 0, 0};
     if (expert < s.num_local_experts) {
       int count = 0;
       for (int rank = 0; rank < s.num_ranks; ++rank) count += table.rank_count[rank * s.num_local_experts + expert];
@@ -51,10 +52,12 @@ __device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParam
       value[0] = count;
       value[1] = full * p.tiles.max_tile + (rest ? tail_tile(p.tiles, rest) : 0);
       value[2] = full + (rest > 0);
+      const int widest = p.tiles.max_tile == kMaxTokenTile ? full + (rest && tail_tile(p.tiles, rest) == kMaxTokenTile) : 0;
+      value[3] = value[2] - widest / 2;
     }
-    int inclusive[3];
+    int inclusive[4];
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < 4; ++i) {
       inclusive[i] = value[i];
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
@@ -64,9 +67,9 @@ __device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParam
       if (lane == 31) table.warp_total[i][warp] = inclusive[i];
     }
     __syncthreads();
-    int* bases[3] = {table.slot_base, table.row_base, table.block_base};
+    int* bases[4] = {table.slot_base, table.row_base, table.block_base, table.unit_base};
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < 4; ++i) {
       int before = carry[i], total = carry[i];
       for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
         if (w < warp) before += table.warp_total[i][w];
@@ -121,44 +124,54 @@ __device__ __forceinline__ TokenBlock token_block(const ExpertTable& table, cons
 __device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
 struct Task {
-  bool is_l1;
+  bool is_l1, is_pair;   // a pair: this block and the next
   TokenBlock block;
   int tile;    // L1: tile of 128 features (256 rows of w13). L2: tile of 128 rows of w2
   int wave;
 };
 
-// Wave by wave: all L1 tasks, block by block, then all L2 tasks, column group by column group: while one group's tokens are combined the next
+// L1 takes two neighbouring blocks of an expert with the widest tile as one unit: each weight is decoded once for both, which at prefill is energy, and
+// energy is time there. Not worth it when there are few tasks (they last twice as long), impossible where the next block may be another wave's.
+// FP8 weights need no decoding, and two sets of sums.
+constexpr bool kPairsBlocks = !kFp8Weights;
+
+// Wave by wave: all L1 tasks, unit by unit, then all L2 tasks, column group by column group: while one group's tokens are combined the next
 // one's products run, and an expert's L2 starts long after its L1.
 struct TaskList {
   int num_blocks, num_tasks;
-  bool one_wave;
+  bool one_wave, pairs;
 
-  __device__ TaskList(const ExpertTable& table, const MegaMoeParams& p)
-      : num_blocks(table.block_base[p.shape.num_local_experts]),
-        num_tasks(num_blocks * (p.shape.num_features_tiles() + p.shape.num_row_tiles())),
-        one_wave(table.row_base[p.shape.num_local_experts] <= p.shape.wave_rows) {}
+  __device__ TaskList(const ExpertTable& table, const MegaMoeParams& p) : num_blocks(table.block_base[p.shape.num_local_experts]) {
+    const int l1_per_unit = p.shape.num_features_tiles();
+    one_wave = table.row_base[p.shape.num_local_experts] <= p.shape.wave_rows;
+    pairs = kPairsBlocks && one_wave && num_blocks * l1_per_unit >= p.tiles.pair_from * static_cast<int>(gridDim.x);
+    num_tasks = (pairs ? table.unit_base[p.shape.num_local_experts] : num_blocks) * l1_per_unit + num_blocks * p.shape.num_row_tiles();
+  }
 
   __device__ static int group_width(const Shape& s, int group) { return min(kGroupTiles, s.num_row_tiles() - group * kGroupTiles); }
 
   __device__ Task get(const ExpertTable& table, const MegaMoeParams& p, int index) const {
-    const int l1_per_block = p.shape.num_features_tiles();
+    const int l1_per_unit = p.shape.num_features_tiles();
     int wave = 0, first = 0, last = num_blocks;   // blocks of the task's wave
     if (!one_wave) {
-      const int per_block = l1_per_block + p.shape.num_row_tiles();
+      const int per_block = l1_per_unit + p.shape.num_row_tiles();
       wave = wave_of_block(table, p, index / per_block);
       first = WaveBegin(table, p, wave).block;
       last = WaveBegin(table, p, wave + 1).block;
       index -= first * per_block;
     }
-    const int num_l1 = (last - first) * l1_per_block;
+    const int num_l1 = (pairs ? table.unit_base[p.shape.num_local_experts] : last - first) * l1_per_unit;
     if (index < num_l1) {
-      const int block = index / l1_per_block;
-      return {true, token_block(table, p, first + block), index - block * l1_per_block, wave};
+      const int unit = index / l1_per_unit, tile = index - unit * l1_per_unit;
+      if (!pairs) return {true, false, token_block(table, p, first + unit), tile, wave};
+      const int expert = find_expert(table.unit_base, p.shape.num_local_experts, unit), in_expert = unit - table.unit_base[expert];
+      const int num_pairs = table.block_base[expert + 1] - table.block_base[expert] - (table.unit_base[expert + 1] - table.unit_base[expert]);
+      return {true, in_expert < num_pairs, token_block(table, p, table.block_base[expert] + in_expert + min(in_expert, num_pairs)), tile, wave};
     }
     index -= num_l1;
     const int per_group = (last - first) * kGroupTiles, group = index / per_group;
     const int rest = index - group * per_group, width = group_width(p.shape, group), block = rest / width;
-    return {false, token_block(table, p, first + block), group * kGroupTiles + rest - block * width, wave};
+    return {false, false, token_block(table, p, first + block), group * kGroupTiles + rest - block * width, wave};
   }
 };
 

@@ -29,7 +29,12 @@ __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& sme
     if (has_task && __all_sync(~0u, ptx::mbarrier_test_wait(tile.full, phase))) {
       epilogue.run(task);
       phase ^= 1;
-      has_task = next_task();
+      if (task.is_pair) {
+        task.block = token_block(smem.experts, p, task.block.index + 1);
+        task.is_pair = false;
+      } else {
+        has_task = next_task();
+      }
     } else if (!rows.empty()) {
       if (gate.admits(rows.index())) {
         dispatch_row<4>(p, rows.pop(), launch, lane);
