@@ -24,12 +24,12 @@ from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import REGISTRY
 from hopper_moe.quantization import layout
 
-# The bar is 0 and mega_moe_kernel does not meet it: it spills outside its product loops and, FP4, in the widest L2 loop:
-# 8 stores and 8 loads of 371 instructions. (The kernel before spilled 240 bytes, none there, and was slower.) The bounds
-# only keep it from growing.
+# The bar is 0 and mega_moe_kernel does not meet it: it spills outside its product loops (most of it behind a pass of a pair, once
+# in 64 chunks) and, FP4, in the widest L2 loop: 2 stores and 2 loads of 358 instructions. (A kernel that spilled 240 bytes, none
+# there, was slower.) The bounds only keep it from growing.
 MAX_SPILL_BYTES = {
-    "mega_moe": {"pre_dispatch_kernel": 0, "give_up": 0, "mega_moe_kernelILb0E": 328, "mega_moe_kernelILb1E": 352},
-    "fp8_mega": {"pre_dispatch_kernel": 0, "give_up": 0, "mega_moe_kernelILb0E": 208, "mega_moe_kernelILb1E": 232},
+    "mega_moe": {"pre_dispatch_kernel": 0, "give_up": 0, "mega_moe_kernelILb0E": 1104, "mega_moe_kernelILb1E": 1148},
+    "fp8_mega": {"pre_dispatch_kernel": 0, "give_up": 0, "mega_moe_kernelILb0E": 140, "mega_moe_kernelILb1E": 204},
 }
 FUNCTION = re.compile(r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 # hidden, intermediate, top_k, experts, local, first, ranks, rank, capacity, wave rows, FP8 combine, FP4 dispatch
