@@ -13,7 +13,7 @@ from hopper_moe.moe_backends.errors import Refusal
 
 TILES = (8, 16, 32, 64, 96, 128)
 MAX_TILE = 128
-PAIR_FROM = 6
+PAIR_FROM = 12  # Flash 1024 and 1536 tokens 0.7 % faster than with 6, 2048 and more the same
 
 
 @dataclass(frozen=True)

@@ -62,5 +62,5 @@ def test_table_command_prints_every_sku():
     assert (
         str(smallest_tiles())
         == "blocks of 128; last block 1-8 rows: 8, 9-16 rows: 16, 17-32 rows: 32, 33-64 rows: 64, "
-        "65-96 rows: 96, 97-128 rows: 128; pairs from 6 L1 tasks per SM"
+        "65-96 rows: 96, 97-128 rows: 128; pairs from 12 L1 tasks per SM"
     )
