@@ -136,7 +136,7 @@ def build(name: str) -> Path:
 
 @functools.cache
 def load(name: str):
-    """The library's functions, compiled on first use (about ten seconds) and then from the cache."""
+    """The library's functions, compiled on first use (about a minute) and then from the cache."""
     import tvm_ffi
 
     return tvm_ffi.load_module(str(build(name)))

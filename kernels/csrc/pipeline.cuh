@@ -33,7 +33,8 @@ static_assert(stage_end(8) <= kStageData && stage_end(16) <= kStageData && stage
 // The tasks of this CTA in the order it took them, posted by the weight producer for everybody else. Tasks are taken from one counter for the
 // whole grid: a task waits only for tasks with smaller numbers, which somebody has taken before, so nothing can wait in a circle:
 // L2 tasks of a wave for its L1 tasks, and L1 tasks for the wave before. The math warps hold a task's result back until the next task's first
-// products run, but only if that is of the same kind and wave, so that nobody who is waited for holds what he waits for.
+// products run (a pair's second block: until its first pass is over), but only if that is of the same kind and wave, so that nobody who is waited
+// for holds what he waits for.
 // A slot is reused kNumTaskSlots tasks later. The service warps are the last to read one, at most three tasks behind the math warps, which are
 // at most kNumStages tasks behind the producer.
 constexpr int kNumTaskSlots = 16;
