@@ -12,9 +12,10 @@ demo: $(STAMP)
 	$(BIN)/hopper-moe demo
 
 # The `pytest` script, not `python -m pytest`: the latter puts this folder first on the path, where our `kernels`
-# folder would stand in for the third-party package of that name.
+# folder would stand in for the third-party package of that name. Two files at a time; one where GPU tests run, some of which time.
+TEST_WORKERS ?= $(if $(wildcard /dev/nvidia0),0,2)
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile
 
 setup: $(STAMP)
 
