@@ -85,6 +85,10 @@ def expert_hidden(
     topk_ids = torch.cat([tokens.topk_ids for tokens in inputs])
     if x_q.shape[1] != hidden_size:
         raise Refusal(f"tokens of {x_q.shape[1]} features were given to experts of hidden_size {hidden_size}: check the layer.")
+    if x_scale.shape[1] != 1:
+        raise Refusal(
+            f"x_scale is {list(x_scale.shape)}, but a token has one scale: quantise whole rows, as `pre_dispatch` does."
+        )
     top_k = topk_ids.shape[1]
     hq = torch.zeros(topk_ids.numel(), size, dtype=torch.uint8, device=x_q.device)
     h_scale = torch.zeros(topk_ids.numel(), layout.h_groups(size), dtype=torch.float32, device=x_q.device)

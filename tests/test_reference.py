@@ -1,5 +1,7 @@
 """The reference kernels: against a second writing of the contract, over ranks, at the edges, and against their own stages."""
 
+from dataclasses import replace
+
 import layer_oracle
 import pytest
 import torch
@@ -253,6 +255,9 @@ def test_layers_that_do_not_fit_together_are_refused(seed):
     other = make_layer(seed, hidden_size=256)
     with pytest.raises(Refusal, match="tokens of 256 features were given to experts of hidden_size 640"):
         mega([dispatch(other, slice(None))], layer.rank_experts(1))
+    tokens_of_groups = replace(tokens, x_scale=tokens.x_scale.repeat(1, 2))
+    with pytest.raises(Refusal, match=r"x_scale is \[\d+, 2\], but a token has one scale"):
+        mega([tokens_of_groups] * len(experts), experts)
     layer.topk_ids[3, 2] = 4
     with pytest.raises(Refusal, match="rank 1 routes a token to expert 4, above the last expert 3"):
         mega([tokens, dispatch(layer, slice(None))], experts)
