@@ -17,12 +17,13 @@ from hopper_moe.kernels.benchmarks.workload import (
 )
 from hopper_moe.kernels.mega_moe import MegaMoE
 from hopper_moe.kernels.reference_stages import DispatchedTokens, HiddenStage
-from hopper_moe.kernels.tile_table import TileTable
+from hopper_moe.kernels.tile_table import MAX_TILE, TileTable, forced_tile
 from hopper_moe.quantization import layout
 from hopper_moe.quantization.packing import PackedExperts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 FACTOR = 1.5  # routed_scaling_factor of every call
+PAIRS = replace(forced_tile(MAX_TILE), pair_from=0)  # every two blocks of an expert are one L1 task
 RANDOM_EXPERTS = {PackedExperts: random_experts, PackedFp8Experts: random_fp8_experts}
 
 

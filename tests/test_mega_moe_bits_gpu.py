@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import replace
 
 import pytest
 import torch
-from mega_moe_rig import FACTOR, Batch, Rig, make_rig
+from mega_moe_rig import FACTOR, PAIRS, Batch, Rig, make_rig
 from tqdm import tqdm
 
 from hopper_moe.kernels.benchmarks.workload import ROUTINGS, SHAPES, random_routing, random_tokens
-from hopper_moe.kernels.tile_table import MAX_TILE, TILES, forced_tile
+from hopper_moe.kernels.tile_table import TILES, forced_tile
 
 pytestmark = pytest.mark.gpu
 REPETITIONS = 100
-PAIRS = replace(forced_tile(MAX_TILE), pair_from=0)
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import signal
-from dataclasses import replace
 
 import mega_moe_ranks as ranks
 import pytest
 import torch
+from mega_moe_rig import PAIRS
 
 from hopper_moe.kernels.benchmarks.ranks import run_on_ranks, start_on_ranks
-from hopper_moe.kernels.tile_table import MAX_TILE, forced_tile
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +30,7 @@ OPTIONS = {
     "fp4_dispatch": {"fp4_dispatch": True},
     "waves": {"wave_rows": 256},
     "fp8_weights": {"weights": PackedFp8Experts},
-    "pairs": {"tiles": replace(forced_tile(MAX_TILE), pair_from=0)},
+    "pairs": {"tiles": PAIRS},
 }
 
 
