@@ -16,6 +16,12 @@ __device__ __forceinline__ int opaque_zero() {
   return zero;
 }
 
+// A scale group's sums times their tokens' scales, added to `sum` or, of the first group, alone.
+template <int N, bool kFirst = false>
+__device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N / 2], uint32_t scales, int lane) {
+  for_each_token<N>(scales, lane, [&](int j, float scale) { sum[j] = fmaf(d[j], scale, kFirst ? 0.f : sum[j]); });
+}
+
 // A math thread that decodes its warpgroup's units.
 template <int N>
 class UnitReader : protected StageReader {

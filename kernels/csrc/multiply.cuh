@@ -71,12 +71,6 @@ __device__ __forceinline__ void for_each_token(uint32_t factors, int lane, F&& f
   });
 }
 
-// A scale group's sums times their tokens' scales, added to `sum` or, of the first group, alone.
-template <int N, bool kFirst = false>
-__device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N / 2], uint32_t scales, int lane) {
-  for_each_token<N>(scales, lane, [&](int j, float scale) { sum[j] = fmaf(d[j], scale, kFirst ? 0.f : sum[j]); });
-}
-
 // A pass's sums `d` times the factors of their tokens' rows.
 template <int N>
 __device__ __forceinline__ void finish(float (&sum)[N / 2], const float (&d)[N / 2], const Stage& last, int lane) {

@@ -25,6 +25,8 @@ struct MathContext {
     ptx::mbarrier_arrive(tile.full);
     ++num_tasks_done;
   }
+  // The thread's 16-byte chunk of a row of h, eight features, of a pass.
+  __device__ __forceinline__ int h_chunk(int pass) const { return pass * 8 + me.warpgroup * 4 + me.warp; }
   // Shared address where a lane's row of an 8 x 8 block goes: token `token`, 16-byte chunk `chunk` (8 columns).
   __device__ __forceinline__ uint32_t tile_address(int token, int chunk) const {
     return ptx::smem_address(smem.tile) + token * kTilePitch + chunk * 16;
@@ -77,7 +79,7 @@ __device__ __forceinline__ void end_l1_pass(MathContext& c, const float (&sum)[N
   const float limit = c.p.swiglu_limit;
   if (kPiece == 0 && end.pass == 0) c.wait_tile();
   if constexpr (i < N / 8) {
-    const int chunk = end.pass * 8 + c.me.warpgroup * 4 + c.me.warp;
+    const int chunk = c.h_chunk(end.pass);
     uint32_t h[kBlocks];
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
@@ -175,7 +177,7 @@ class PairResults {
   }
 
   __device__ __forceinline__ void store(const uint32_t (&half)[kWords], int pass) const {
-    const int chunk = pass * 8 + c_.me.warpgroup * 4 + c_.me.warp;
+    const int chunk = c_.h_chunk(pass);
 #pragma unroll
     for (int i = 0; i < kWords; i += 4) {
       const uint32_t h[4] = {half[i], half[i + 1], half[i + 2], half[i + 3]};
