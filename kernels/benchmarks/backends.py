@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from hopper_moe.kernels.benchmarks import contenders, measure, report
 from hopper_moe.kernels.benchmarks.contenders import Contender
-from hopper_moe.kernels.benchmarks.mega_moe import calls_per_launch, check_run, current_commit, keep
-from hopper_moe.kernels.benchmarks.options import ListCommand
+from hopper_moe.kernels.benchmarks.mega_moe import calls_per_launch, check_run, keep
+from hopper_moe.kernels.benchmarks.options import ListCommand, commit_option
 from hopper_moe.kernels.benchmarks.workload import ROUTINGS, SHAPES, random_checkpoint, random_routing, random_tokens
 from hopper_moe.kernels.tile_table import sku_of
 from hopper_moe.moe_backends import auto_table
@@ -113,7 +113,7 @@ def winners(rows: list[report.Measurement]) -> str:
 @click.option("--graph/--no-graph", default=True, show_default=True, help="Time CUDA graphs, or eager calls.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON lines and the plot.")
 @click.option("--update-auto", is_flag=True, help="Write the medians into the table that HOPPER_MOE_KERNEL=auto decides from.")
-@click.option("--commit", help="What to write as the commit.  [default: of this checkout]")
+@commit_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, tokens and routing.")
 def main(
     shape_name: str,
@@ -124,7 +124,7 @@ def main(
     graph: bool,
     out: Path | None,
     update_auto: bool,
-    commit: str | None,
+    commit: str,
     seed: int,
 ) -> None:
     """Time every kernel that runs here on the same layer, and say who wins where: whole calls, cold weights, launches in turn.
@@ -135,7 +135,7 @@ def main(
     shape = SHAPES[shape_name]
     num_experts = shape.local_experts if local_experts is None else local_experts
     check_run(1, tokens, num_experts, shape)
-    sku, commit = sku_of(torch.cuda.get_device_name()), current_commit() if commit is None else commit
+    sku = sku_of(torch.cuda.get_device_name())
     hbm, fp8 = measure.hbm_read_tbps(), measure.fp8_matmul_tflops()
     comparison = Comparison(shape_name, num_experts, max(tokens), routing, seed, kernels)
     found = comparison.leave_out_wrong_ones()

@@ -11,7 +11,6 @@ import dataclasses
 import importlib.util
 import itertools
 import statistics
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from hopper_moe.kernels.benchmarks import measure, report
-from hopper_moe.kernels.benchmarks.options import ListCommand
+from hopper_moe.kernels.benchmarks.options import ListCommand, commit_option
 from hopper_moe.kernels.benchmarks.ranks import check_ranks, run_on_ranks
 from hopper_moe.kernels.benchmarks.workload import (
     ROUTINGS,
@@ -113,16 +112,6 @@ def measure_rank(group: dist.ProcessGroup | None, setup: Setup) -> list[tuple[li
     return [benchmark.measure(num_tokens) for num_tokens in sizes]
 
 
-def current_commit() -> str:
-    """Short hash of the checkout this file is in; "unknown" outside of one."""
-    folder = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    except FileNotFoundError:
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
 def check_run(ranks: int, tokens: tuple[int, ...], local_experts: int, shape: ModelShape) -> None:
     """Raises Refusal for a run that cannot be."""
     if ranks != 1:
@@ -164,7 +153,7 @@ def deep_gemm_note() -> str:
 @click.option(
     "--compare", type=click.Choice(["deep_gemm"]), help="Also time the installed DeepGEMM FP8 MegaMoE, when it is there."
 )
-@click.option("--commit", help="What to write as the commit.  [default: of this checkout]")
+@commit_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, tokens and routing.")
 def main(
     shape_name: str,
@@ -177,7 +166,7 @@ def main(
     fp4_dispatch: bool,
     out: Path | None,
     compare: str | None,
-    commit: str | None,
+    commit: str,
     seed: int,
 ) -> None:
     """Time the fused FP4 layer, whole calls (pre-dispatch and fused kernel), on cold weights, against the floors.
@@ -215,7 +204,7 @@ def main(
                 tokens=num_tokens,
                 routing=routing,
                 graph=graph,
-                commit=current_commit() if commit is None else commit,
+                commit=commit,
             )
         )
     calls = " to ".join(str(calls_per_launch(size)) for size in sorted({min(tokens), max(tokens)}))

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 from hopper_moe.moe_backends.errors import Refusal
+
+
+def current_commit() -> str:
+    """Short hash of the checkout this file is in; "unknown" outside of one."""
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+commit_option = click.option(
+    "--commit",
+    callback=lambda context, option, value: current_commit() if value is None else value,
+    help="What to note as the commit.  [default: of this checkout]",
+)
+"""What was measured, beside the numbers; a command gets it as `commit: str`."""
 
 
 class RefusingCommand(click.Command):

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from hopper_moe.kernels import tile_table
 from hopper_moe.kernels.benchmarks import measure
-from hopper_moe.kernels.benchmarks.mega_moe import WEIGHT_COPIES, copies_of, current_commit
-from hopper_moe.kernels.benchmarks.options import RefusingCommand
+from hopper_moe.kernels.benchmarks.mega_moe import WEIGHT_COPIES, copies_of
+from hopper_moe.kernels.benchmarks.options import RefusingCommand, commit_option
 from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape, make_layer, random_experts, random_tokens
 from hopper_moe.kernels.tile_table import MAX_TILE, TILES, TileTable, forced_tile, sku_of
 from hopper_moe.moe_backends.errors import Refusal
@@ -92,9 +92,9 @@ class Tuner:
 @click.command(cls=RefusingCommand)
 @click.option("--shape", "shape_name", type=click.Choice(list(SHAPES)), default="flash", show_default=True)
 @click.option("--sku", help='Key of the table: a part of the device\'s name, "H200".  [default: the known one it contains]')
-@click.option("--commit", help="What to note as the commit.  [default: of this checkout]")
+@commit_option
 @click.option("--write", is_flag=True, help="Rewrite the SKU's line in kernels/tile_table.py.")
-def main(shape_name: str, sku: str | None, commit: str | None, write: bool) -> None:
+def main(shape_name: str, sku: str | None, commit: str, write: bool) -> None:
     """Measure every built tile for 8, 16, ... 128 rows per expert and print the table to paste into kernels/tile_table.py."""
     if not torch.cuda.is_available():
         raise Refusal("this machine has no CUDA GPU: tuning needs an SM90 GPU (H20, H100, H200).")
@@ -114,7 +114,7 @@ def main(shape_name: str, sku: str | None, commit: str | None, write: bool) -> N
     for rows, times in {**us, LARGE_ROWS: large}.items():
         cells = (f"{times[tile]:.1f}" if tile in times else "-" for tile in TILES)
         click.echo(f"{rows:6}" + "".join(cell.rjust(11) for cell in cells) + f"   -> {choose(times)}")
-    line = table_line(sku, build_table(max_tile, us), f"{shape_name}, {current_commit() if commit is None else commit}")
+    line = table_line(sku, build_table(max_tile, us), f"{shape_name}, {commit}")
     click.echo(f"\n{line}")
     if write:
         path = Path(tile_table.__file__)

@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 
-from hopper_moe.kernels.benchmarks.options import RefusingCommand
+from hopper_moe.kernels.benchmarks.options import RefusingCommand, commit_option
 from hopper_moe.launch.h200.load import Load, measure
 from hopper_moe.launch.h200.server import log_facts, start
 from hopper_moe.launch.server_process import ServerProcess, Servers, servers
@@ -120,6 +120,7 @@ def describe(server: ServerProcess, together: bool) -> dict[str, Any]:
 @click.option("--port", default=30000, show_default=True, help="Of the first server; each one more has a port 100 higher.")
 @click.option("--stagger", type=float, help="Seconds between starts  [default: start the next when the last answers]")
 @click.option("--seconds", default=3600.0, show_default=True, help="Begin no load after this many.")
+@commit_option
 @click.option("--then", help="Shell command to run afterwards; it sees the servers as URL_MARLIN and so on, and OUT.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 @click.argument("sglang_arguments", nargs=-1, type=click.UNPROCESSED)
@@ -134,6 +135,7 @@ def main(
     port: int,
     stagger: float | None,
     seconds: float,
+    commit: str,
     then: str | None,
     out: Path,
     sglang_arguments: tuple[str, ...],
@@ -144,7 +146,7 @@ def main(
         started, problems = start_all(group, pool, model, names, out, port, stagger, sglang_arguments)
         described = {backend: describe(server, together=stagger is not None) for backend, server in started.items()}
         (out / "servers.json").write_text(json.dumps(described, indent=1) + "\n")
-        problems += measure_all(started, model, planned, rounds, seconds, out)
+        problems += measure_all(started, model, planned, rounds, seconds, commit, out)
         if then:
             urls = {f"URL_{backend.upper()}": server.url for backend, server in started.items()}
             subprocess.run(then, shell=True, env={**os.environ, **urls, "OUT": str(out)})
@@ -163,7 +165,7 @@ def decode_pace(log: str, concurrency: int) -> float | None:
 
 
 def measure_all(
-    servers: dict[str, ServerProcess], model: str, planned: list[Load], rounds: int, seconds: float, out: Path
+    servers: dict[str, ServerProcess], model: str, planned: list[Load], rounds: int, seconds: float, commit: str, out: Path
 ) -> list[str]:
     """Append one JSON line for each round, load and backend to `out/serving.jsonl`; round 0 is not kept. Returns what failed."""
     started, seed, failed = time.monotonic(), time.time_ns() % (1 << 30), []
@@ -176,7 +178,7 @@ def measure_all(
                 seed += 1
                 said = server.log.stat().st_size
                 try:
-                    row = {"backend": backend, "round": number, **measure(server.url, model, load, seed)}
+                    row = {"backend": backend, "commit": commit, "round": number, **measure(server.url, model, load, seed)}
                 except Refusal as refusal:
                     failed.append(str(refusal))
                     click.echo(failed[-1])
