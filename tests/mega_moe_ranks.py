@@ -7,13 +7,12 @@ import os
 import random
 import signal
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from mega_moe_rig import RANDOM_EXPERTS
+from mega_moe_rig import RANDOM_EXPERTS, Batch, random_batch
 
-from hopper_moe.kernels.benchmarks.workload import ModelShape, make_layer, random_routing, random_tokens
+from hopper_moe.kernels.benchmarks.workload import ModelShape, make_layer
 from hopper_moe.kernels.failure import PeerTimeout
 from hopper_moe.kernels.mega_moe import MegaMoE
 from hopper_moe.quantization.packing import PackedExperts
@@ -22,13 +21,6 @@ from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 SHAPE = ModelShape(1024, 512, 48, 6, 12)
 CAPACITY = 512
 FACTOR = 1.5
-
-
-@dataclass(frozen=True)
-class Batch:
-    x: torch.Tensor
-    topk_ids: torch.Tensor
-    topk_weights: torch.Tensor
 
 
 class SpreadLayer:
@@ -50,21 +42,13 @@ class SpreadLayer:
         self.generator = torch.Generator("cuda").manual_seed(seed + 1 + self.rank)
         self.random = random.Random(seed + 1 + self.rank)
 
+    def tokens_of(self, case: str) -> int:
+        """See the function of this name."""
+        return tokens_of(case, self.rank, self.num_ranks, CAPACITY, self.random)
+
     def batch(self, num_tokens: int, routing: str = "uniform") -> Batch:
-        """Fresh tokens of this rank, some slots masked. "to_rank_0": rank 0's experts only; "one_expert": one expert in every
-        slot."""
-        shape = self.shape
-        kind = routing if routing in ("uniform", "zipf", "one_hot") else "uniform"
-        ids, weights = random_routing(num_tokens, shape.num_experts, shape.top_k, kind, self.generator)
-        if routing == "to_rank_0":
-            ids %= shape.num_experts // self.num_ranks
-        if routing == "one_expert":
-            ids.fill_(shape.num_experts - 1)
-        if num_tokens > 4:
-            ids[1, 0] = -1
-            ids[2] = -1
-            ids[3, 1] = ids[3, 0]
-        return Batch(random_tokens(shape, num_tokens, self.generator), ids, weights)
+        """See `random_batch`."""
+        return random_batch(self.shape, self.shape.num_experts, num_tokens, routing, self.generator, self.num_ranks)
 
     def poison(self) -> None:
         """NaN everywhere but in the counters, while nobody runs."""
@@ -86,25 +70,24 @@ class SpreadLayer:
         return (self.run(self.spread, self.local, batch, layer=7) != self.run(self.alone, self.whole, batch)).any()
 
 
-def tokens_of(case: str, layer: SpreadLayer) -> int:
-    """Tokens of this rank: "ragged" a random number, "empty" none on odd ranks, "one" a single token on the last rank, or a
-    number."""
-    rank = layer.rank
+def tokens_of(case: str, rank: int, num_ranks: int, capacity: int, draw: random.Random) -> int:
+    """Tokens of a rank: "ragged" a random number, "empty" none on odd ranks, "one" a single token on the last rank, "full" all
+    there is room for, or a number."""
     if case == "ragged":
-        return layer.random.randint(0, CAPACITY)
+        return draw.randint(0, capacity)
     if case == "empty":
-        return 0 if rank % 2 else layer.random.randint(1, CAPACITY)
+        return 0 if rank % 2 else draw.randint(1, capacity)
     if case == "one":
-        return int(rank == layer.num_ranks - 1)
-    return int(case)
+        return int(rank == num_ranks - 1)
+    return capacity if case == "full" else int(case)
 
 
 SCENARIOS = [
     (case, routing)
-    for case in ("0", "1", "7", "ragged", "empty", "one", "512")
+    for case in ("0", "1", "7", "ragged", "empty", "one", "full")
     for routing in ("uniform", "zipf", "one_hot", "to_rank_0")
 ]
-SCENARIOS += [("ragged", "one_expert"), ("512", "one_expert")]
+SCENARIOS += [("ragged", "one_expert"), ("full", "one_expert")]
 
 
 def same_bits(group: dist.ProcessGroup, seed: int, options: dict) -> dict[str, bool]:
@@ -113,7 +96,7 @@ def same_bits(group: dist.ProcessGroup, seed: int, options: dict) -> dict[str, b
     found = {}
     load = torch.zeros(SHAPE.num_experts, dtype=torch.int64, device="cuda")
     for case, routing in SCENARIOS:
-        batch = layer.batch(tokens_of(case, layer), routing)
+        batch = layer.batch(layer.tokens_of(case), routing)
         layer.poison()
         found[f"{case} {routing}"] = not bool(layer.differs(batch))
         load += torch.bincount(batch.topk_ids[batch.topk_ids >= 0].long(), minlength=SHAPE.num_experts)
@@ -130,7 +113,7 @@ def with_delays(group: dist.ProcessGroup, seed: int, num_calls: int) -> int:
     layer = SpreadLayer(group, SHAPE, CAPACITY, seed)
     bad = torch.zeros((), dtype=torch.int64, device="cuda")
     for call in range(num_calls):
-        batch = layer.batch(tokens_of("ragged", layer), layer.random.choice(("uniform", "zipf", "one_hot", "to_rank_0")))
+        batch = layer.batch(layer.tokens_of("ragged"), layer.random.choice(("uniform", "zipf", "one_hot", "to_rank_0")))
         cycles = layer.random.choice((0, 20_000, 200_000, 2_000_000))
         torch.cuda._sleep(3_600_000_000 if call == 0 and layer.rank == 1 else cycles)
         bad += layer.differs(batch)

@@ -37,6 +37,30 @@ class Batch:
         return Batch(self.x[rows], self.topk_ids[rows], self.topk_weights[rows])
 
 
+def random_batch(
+    shape: ModelShape,
+    num_experts: int,
+    num_tokens: int,
+    routing: str,
+    generator: torch.Generator,
+    num_ranks: int = 1,
+    device: str = "cuda",
+) -> Batch:
+    """Fresh tokens; from 5 tokens on also a masked slot, a masked token and one expert twice in a row. Beside the routings of
+    benchmarks: "to_rank_0", of `num_ranks` only rank 0's experts, and "one_expert", the last one in every slot."""
+    kind = "uniform" if routing in ("to_rank_0", "one_expert") else routing
+    ids, weights = random_routing(num_tokens, num_experts, shape.top_k, kind, generator, device)
+    if routing == "to_rank_0":
+        ids %= num_experts // num_ranks
+    if routing == "one_expert":
+        ids.fill_(num_experts - 1)
+    if num_tokens > 4:
+        ids[1, 0] = -1
+        ids[2] = -1
+        ids[3, 1] = ids[3, 0]
+    return Batch(random_tokens(shape, num_tokens, generator, device), ids, weights)
+
+
 @dataclass(frozen=True)
 class Rig:
     """One layer, one workspace."""
@@ -47,13 +71,8 @@ class Rig:
     generator: torch.Generator
 
     def batch(self, num_tokens: int, routing: str = "uniform") -> Batch:
-        """Fresh tokens; from 5 tokens on also a masked slot, a masked token and one expert twice in a row."""
-        ids, weights = random_routing(num_tokens, self.mm.num_experts, self.shape.top_k, routing, self.generator)
-        if num_tokens > 4:
-            ids[1, 0] = -1
-            ids[2] = -1
-            ids[3, 1] = ids[3, 0]
-        return Batch(random_tokens(self.shape, num_tokens, self.generator), ids, weights)
+        """See `random_batch`."""
+        return random_batch(self.shape, self.mm.num_experts, num_tokens, routing, self.generator)
 
     def run(self, batch: Batch, poison: bool = True, **options) -> torch.Tensor:
         """The kernel, into memory full of NaN: what it does not write, or reads without having written, shows."""

@@ -10,7 +10,7 @@ SLEEPER = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"  #
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEPER
 
 
-def wait_for(found: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(found: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not found():
         assert time.monotonic() < deadline, f"did not happen within {seconds:.0f} s"

@@ -151,7 +151,7 @@ class MainLoop : private UnitReader<N> {
       meanwhile(index);
       if constexpr (!kFirst || i > 0) {
         ptx::wgmma_wait<1>();
-        release(before);
+        this->release(before);
       }
       if (i + 1 < kNum ? left > zero : left > kNum) {
         wait_full();

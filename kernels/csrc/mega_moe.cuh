@@ -54,8 +54,7 @@ __device__ inline void count_exit(const MegaMoeParams& p, uint32_t launch) {
 template <bool kFp8Combine>
 __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_constant__ MegaMoeParams p) {
   using Slots = std::conditional_t<kFp8Combine, E4m3Slots, Bf16Slots>;
-  extern __shared__ __align__(1024) uint8_t shared_memory[];
-  SharedStorage& smem = *reinterpret_cast<SharedStorage*>(shared_memory);
+  SharedStorage& smem = *reinterpret_cast<SharedStorage*>(ptx::dynamic_shared_memory());
   const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   const Ring ring(smem.stages);
   const TileBarriers tile(smem);

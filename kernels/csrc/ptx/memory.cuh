@@ -80,6 +80,12 @@ __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
   return v;
 }
 
+// The CTA's dynamic shared memory, whose size is the launch's.
+__device__ __forceinline__ uint8_t* dynamic_shared_memory() {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  return shared_memory;
+}
+
 // Programmatic dependent launch: wait for the grids this one depends on / let dependents start their prologue.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

@@ -1,0 +1,171 @@
+"""The fused layer on emulated GPUs: the CUDA sources, compiled by the host's C++ compiler against `tests/emulator`, on one rank or
+on several that exchange tokens.
+
+The emulator replaces what is below `csrc/ptx/` (one instruction per function) and the CUDA runtime; everything else is what nvcc
+compiles. `emulator/machine.hpp` says what it can show and what not.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tvm_ffi
+from mega_moe_rig import FACTOR, Batch
+from tvm_ffi import libinfo
+
+from hopper_moe.kernels import jit, mega_moe
+from hopper_moe.kernels.benchmarks.workload import ModelShape
+from hopper_moe.kernels.failure import FailureRecord
+from hopper_moe.kernels.tile_table import TileTable, smallest_tiles
+from hopper_moe.quantization.packing import PackedExperts
+from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
+
+EMULATOR = Path(__file__).parent / "emulator"
+FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-w", "-ffp-contract=off")
+NUM_SMS = 3
+MAX_STEPS = 10**9  # a hang ends here, after a few minutes; the longest test takes 10**8
+GUARD_BYTES = 4096
+GUARD = 0xA5
+NO_TIMEOUT_S = 1e6
+
+
+def compile_emulated(name: str, folder: Path, csrc: Path = jit.SOURCE_DIR) -> Path:
+    """A library of `jit.LIBRARIES` for emulated GPUs, from the sources in `csrc`; takes a third of a minute."""
+    sources = folder / f"{name}-sources"
+    shutil.copytree(csrc, sources, ignore=shutil.ignore_patterns("ptx"))
+    (sources / "ptx").symlink_to(EMULATOR / "ptx")
+    output, tvm_ffi_folder = folder / f"{name}.so", Path(libinfo.find_libtvm_ffi()).parent
+    library = jit.LIBRARIES[name]
+    command = ["c++", *FLAGS, f"-I{EMULATOR / 'include'}", *jit.include_flags(sources), *library.defines, "-x", "c++"]
+    command += [str(sources / library.source), *map(str, sorted(EMULATOR.glob("*.cpp")))]
+    command += ["-o", str(output), f"-L{tvm_ffi_folder}", "-ltvm_ffi"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output
+
+
+class EmulationError(RuntimeError):
+    """What the emulated GPUs could not go on with: a hang, a wrong use of an instruction, an access outside of shared memory."""
+
+
+class Gpus:
+    """Emulated GPUs, one per stream, with the kernels of one library."""
+
+    def __init__(self, library: Path) -> None:
+        self.functions = tvm_ffi.load_module(str(library))
+
+    def run(self, seed: int) -> None:
+        """All that is queued; `seed` decides the order of everything that has no other order."""
+        if words := str(self.functions["run"](seed, MAX_STEPS)):
+            raise EmulationError(words)
+
+
+@dataclass
+class Rank:
+    """What one rank has for itself. Named as in `MegaMoE`, so that `mega_moe_rig` can read its workspace."""
+
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+    num_experts: int
+    num_local_experts: int
+    first_expert: int
+    tiles: TileTable
+    integers: list[int]  # struct Shape
+    offsets: dict[str, int]
+    packed: PackedExperts | PackedFp8Experts
+    failure: FailureRecord
+    memory: torch.Tensor = field(init=False)  # the workspace and a guard behind it
+
+    def __post_init__(self) -> None:
+        self.memory = torch.full((self.offsets["num_bytes"] + GUARD_BYTES,), GUARD, dtype=torch.uint8)
+        self.poison()
+        self.workspace[: self.offsets["control_bytes"]] = 0
+
+    @property
+    def workspace(self) -> torch.Tensor:
+        return self.memory[: self.offsets["num_bytes"]]
+
+    def poison(self) -> None:
+        """NaN everywhere but in the counters."""
+        self.workspace[self.offsets["control_bytes"] :] = 0xFF
+
+    def check_guard(self) -> None:
+        assert (self.memory[self.offsets["num_bytes"] :] == GUARD).all(), "written behind the workspace"
+
+
+class EmulatedLayer:
+    """A layer of `shape.num_experts` experts over `num_ranks` ranks. `options`: as of `MegaMoE`."""
+
+    def __init__(
+        self,
+        gpus: Gpus,
+        shape: ModelShape,
+        experts: PackedExperts | PackedFp8Experts,
+        capacity: int,
+        num_ranks: int = 1,
+        *,
+        tiles: TileTable | None = None,
+        wave_rows: int | None = None,
+        fp8_combine: bool = False,
+        fp4_dispatch: bool = False,
+        timeout_s: float = NO_TIMEOUT_S,
+    ) -> None:
+        self.gpus, self.shape, self.num_ranks = gpus, shape, num_ranks
+        self.num_sms = max(NUM_SMS, num_ranks)  # a CTA speaks to each rank
+        self.timeout_ns = int(timeout_s * 1e9)  # a nanosecond is a step of the emulator
+        num_local = shape.num_experts // num_ranks
+        rows = mega_moe._wave_rows(num_ranks, capacity, shape.top_k, num_local) if wave_rows is None else wave_rows
+        self.ranks = []
+        for rank in range(num_ranks):
+            sizes = (shape.hidden_size, shape.intermediate_size, shape.top_k, shape.num_experts, num_local)
+            integers = mega_moe._Shape(
+                *sizes, rank * num_local, num_ranks, rank, capacity, rows, fp8_combine, fp4_dispatch
+            ).integers()
+            offsets = gpus.functions["workspace_layout"](integers)
+            mine = slice(rank * num_local, (rank + 1) * num_local)
+            self.ranks.append(
+                Rank(
+                    *sizes,
+                    rank * num_local,
+                    tiles or smallest_tiles(),
+                    integers,
+                    dict(zip(mega_moe._WORKSPACE_FIELDS, map(int, offsets), strict=True)),
+                    type(experts)(*(tensor[mine].contiguous() for tensor in experts.tensors)),
+                    FailureRecord(rank, timeout_s, watch=False),
+                )
+            )
+
+    def enqueue(self, rank: int, batch: Batch, *, limit: float | None | str = "shape", layer: int = -1) -> torch.Tensor:
+        """`MegaMoE.__call__` on one rank: queued behind its earlier calls. Returns y, which is NaN until `run`."""
+        mine, num_tokens = self.ranks[rank], batch.x.shape[0]
+        y = torch.full_like(batch.x, float("nan"))
+        self.gpus.functions["pre_dispatch"](
+            mine.integers, mine.memory.data_ptr(), batch.x.data_ptr(), batch.topk_ids.data_ptr(), batch.topk_weights.data_ptr(),
+            0, FACTOR, num_tokens, num_tokens, 0, self.shape.num_experts, rank,
+        )  # fmt: skip
+        limit = self.shape.swiglu_limit if limit == "shape" else limit
+        self.gpus.functions["mega_moe"](
+            mine.integers, [other.memory.data_ptr() for other in self.ranks], mine.tiles.as_list(),
+            *(tensor.data_ptr() for tensor in mine.packed.tensors), y.data_ptr(), float("inf") if limit is None else limit,
+            num_tokens, layer, self.timeout_ns, mine.failure.address, self.num_sms, rank,
+        )  # fmt: skip
+        return y
+
+    def delay(self, rank: int, num_steps: int) -> None:
+        """What the rank gets to do next waits so long."""
+        self.gpus.functions["delay"](rank, num_steps)
+
+    def run(self, batches: list[Batch], seed: int, **options) -> list[torch.Tensor]:
+        """One call of every rank, in poisoned memory."""
+        for rank in self.ranks:
+            rank.poison()
+        results = [self.enqueue(rank, batch, **options) for rank, batch in enumerate(batches)]
+        self.gpus.run(seed)
+        for rank in self.ranks:
+            rank.check_guard()
+        return results

@@ -1,0 +1,50 @@
+// csrc/ptx/memory.cuh on the emulated GPU. Before a flag is looked at or changed, others may come first.
+#pragma once
+#include <cuda_runtime.h>
+
+namespace hopper_moe::ptx {
+
+inline void fence_async_global() {}
+inline void fence_async_shared() {}
+
+inline void red_add_release_gpu(uint32_t* address, uint32_t value) { atomicAdd(address, value); }
+inline uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
+inline void store_release_system(uint32_t* address, uint32_t value) {
+  emulator::Machine::get().yield();
+  *address = value;
+}
+inline uint32_t load_acquire_system(const uint32_t* address) {
+  emulator::Machine::get().yield();
+  return *address;
+}
+inline uint32_t load_acquire_gpu(const uint32_t* address) { return load_acquire_system(address); }
+inline uint64_t global_timer() { return emulator::Machine::get().now(); }
+inline void wait_at_least(const uint32_t* address, uint32_t target) {
+  while (load_acquire_gpu(address) < target) emulator::Machine::get().sleep("wait_at_least");
+}
+
+inline uint4 load_l2(const void* address) { return *static_cast<const uint4*>(address); }
+
+template <typename T>
+T load_shared(uint32_t address) {
+  T value;
+  std::memcpy(&value, emulator::me().cta->at(address, sizeof value), sizeof value);
+  return value;
+}
+template <int kOffset>
+uint4 load_shared_v4(uint32_t address) { return load_shared<uint4>(address + kOffset); }
+template <int kOffset>
+uint32_t load_shared_u8(uint32_t address) { return load_shared<uint8_t>(address + kOffset); }
+template <int kOffset>
+float2 load_shared_float2(uint32_t address) { return load_shared<float2>(address + kOffset); }
+
+inline uint8_t* dynamic_shared_memory() { return emulator::me().cta->shared; }
+
+inline void grid_dependency_wait() {}
+inline void grid_dependency_launch() {}
+template <int kRegisters>
+void set_max_registers_up() {}
+template <int kRegisters>
+void set_max_registers_down() {}
+
+}  // namespace hopper_moe::ptx
