@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import tvm_ffi
-from mega_moe_rig import FACTOR, Batch
+from mega_moe_rig import FACTOR, PAIRS, Batch, random_batch
 from tvm_ffi import libinfo
 
 from hopper_moe.kernels import jit, mega_moe
@@ -31,6 +32,17 @@ MAX_STEPS = 10**9  # a hang ends here, after a few minutes; the longest test tak
 GUARD_BYTES = 4096
 GUARD = 0xA5
 NO_TIMEOUT_S = 1e6
+
+SPREAD = ModelShape(640, 256, 16, 3, 16)  # the layer that is spread over ranks
+CAPACITY = 260  # of a rank: above kMinTokensToCombineEarly; 8 ranks bring an expert more than two blocks of 128 rows
+OPTIONS = {
+    "bf16": {},
+    "fp8_combine": {"fp8_combine": True},
+    "fp4_dispatch": {"fp4_dispatch": True},
+    "waves": {"wave_rows": 256},
+    "fp8_weights": {"weights": PackedFp8Experts},
+    "pairs": {"tiles": PAIRS},
+}
 
 
 def compile_emulated(name: str, folder: Path, csrc: Path = jit.SOURCE_DIR) -> Path:
@@ -55,12 +67,12 @@ class EmulationError(RuntimeError):
 class Gpus:
     """Emulated GPUs, one per stream, with the kernels of one library."""
 
-    def __init__(self, library: Path) -> None:
-        self.functions = tvm_ffi.load_module(str(library))
+    def __init__(self, library: Path, max_steps: int = MAX_STEPS) -> None:
+        self.functions, self.max_steps = tvm_ffi.load_module(str(library)), max_steps
 
     def run(self, seed: int) -> None:
         """All that is queued; `seed` decides the order of everything that has no other order."""
-        if words := str(self.functions["run"](seed, MAX_STEPS)):
+        if words := str(self.functions["run"](seed, self.max_steps)):
             raise EmulationError(words)
 
 
@@ -78,6 +90,7 @@ class Rank:
     integers: list[int]  # struct Shape
     offsets: dict[str, int]
     packed: PackedExperts | PackedFp8Experts
+    timeout_s: float
     failure: FailureRecord
     memory: torch.Tensor = field(init=False)  # the workspace and a guard behind it
 
@@ -94,12 +107,20 @@ class Rank:
         """NaN everywhere but in the counters."""
         self.workspace[self.offsets["control_bytes"] :] = 0xFF
 
+    def expert_load(self) -> torch.Tensor:
+        """As `MegaMoE.expert_load`."""
+        begin = self.offsets["expert_load"]
+        return self.workspace[begin : begin + 8 * self.num_local_experts].view(torch.int64).clone()
+
     def check_guard(self) -> None:
         assert (self.memory[self.offsets["num_bytes"] :] == GUARD).all(), "written behind the workspace"
 
 
 class EmulatedLayer:
-    """A layer of `shape.num_experts` experts over `num_ranks` ranks. `options`: as of `MegaMoE`."""
+    """A layer of `shape.num_experts` experts over `num_ranks` ranks; `experts`: all of them. Options as of `MegaMoE`.
+
+    `timeouts_s`: how long each rank waits for others, a nanosecond being a step of the emulator.
+    """
 
     def __init__(
         self,
@@ -113,11 +134,11 @@ class EmulatedLayer:
         wave_rows: int | None = None,
         fp8_combine: bool = False,
         fp4_dispatch: bool = False,
-        timeout_s: float = NO_TIMEOUT_S,
+        timeouts_s: Sequence[float] | None = None,
     ) -> None:
         self.gpus, self.shape, self.num_ranks = gpus, shape, num_ranks
         self.num_sms = max(NUM_SMS, num_ranks)  # a CTA speaks to each rank
-        self.timeout_ns = int(timeout_s * 1e9)  # a nanosecond is a step of the emulator
+        timeouts_s = timeouts_s or [NO_TIMEOUT_S] * num_ranks
         num_local = shape.num_experts // num_ranks
         rows = mega_moe._wave_rows(num_ranks, capacity, shape.top_k, num_local) if wave_rows is None else wave_rows
         self.ranks = []
@@ -136,11 +157,12 @@ class EmulatedLayer:
                     integers,
                     dict(zip(mega_moe._WORKSPACE_FIELDS, map(int, offsets), strict=True)),
                     type(experts)(*(tensor[mine].contiguous() for tensor in experts.tensors)),
-                    FailureRecord(rank, timeout_s, watch=False),
+                    timeouts_s[rank],
+                    FailureRecord(rank, timeouts_s[rank], watch=False),
                 )
             )
 
-    def enqueue(self, rank: int, batch: Batch, *, limit: float | None | str = "shape", layer: int = -1) -> torch.Tensor:
+    def enqueue(self, rank: int, batch: Batch, *, layer: int = -1) -> torch.Tensor:
         """`MegaMoE.__call__` on one rank: queued behind its earlier calls. Returns y, which is NaN until `run`."""
         mine, num_tokens = self.ranks[rank], batch.x.shape[0]
         y = torch.full_like(batch.x, float("nan"))
@@ -148,11 +170,11 @@ class EmulatedLayer:
             mine.integers, mine.memory.data_ptr(), batch.x.data_ptr(), batch.topk_ids.data_ptr(), batch.topk_weights.data_ptr(),
             0, FACTOR, num_tokens, num_tokens, 0, self.shape.num_experts, rank,
         )  # fmt: skip
-        limit = self.shape.swiglu_limit if limit == "shape" else limit
+        limit = self.shape.swiglu_limit
         self.gpus.functions["mega_moe"](
             mine.integers, [other.memory.data_ptr() for other in self.ranks], mine.tiles.as_list(),
             *(tensor.data_ptr() for tensor in mine.packed.tensors), y.data_ptr(), float("inf") if limit is None else limit,
-            num_tokens, layer, self.timeout_ns, mine.failure.address, self.num_sms, rank,
+            num_tokens, layer, int(mine.timeout_s * 1e9), mine.failure.address, self.num_sms, rank,
         )  # fmt: skip
         return y
 
@@ -160,12 +182,50 @@ class EmulatedLayer:
         """What the rank gets to do next waits so long."""
         self.gpus.functions["delay"](rank, num_steps)
 
-    def run(self, batches: list[Batch], seed: int, **options) -> list[torch.Tensor]:
+    def run(self, batches: list[Batch], seed: int) -> list[torch.Tensor]:
         """One call of every rank, in poisoned memory."""
         for rank in self.ranks:
             rank.poison()
-        results = [self.enqueue(rank, batch, **options) for rank, batch in enumerate(batches)]
+        results = [self.enqueue(rank, batch) for rank, batch in enumerate(batches)]
         self.gpus.run(seed)
         for rank in self.ranks:
             rank.check_guard()
         return results
+
+
+def draw_batch(shape: ModelShape, num_tokens: int, routing: str, generator: torch.Generator, num_ranks: int = 1) -> Batch:
+    """`random_batch` on the CPU."""
+    return random_batch(shape, shape.num_experts, num_tokens, routing, generator, num_ranks, device="cpu")
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The tokens of all ranks, as one rank's."""
+    return Batch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in ("x", "topk_ids", "topk_weights")))
+
+
+def bits_of(y: torch.Tensor) -> torch.Tensor:
+    """So that NaN equals NaN, and 0 not -0."""
+    return y.view(torch.int16)
+
+
+@dataclass(frozen=True)
+class SpreadLayer:
+    """`SPREAD` over ranks, and its oracle: one rank that holds all experts."""
+
+    spread: EmulatedLayer
+    alone: EmulatedLayer
+
+    @staticmethod
+    def make(
+        gpus: Gpus, experts: PackedExperts | PackedFp8Experts, num_ranks: int, *, capacity: int = CAPACITY, **options
+    ) -> SpreadLayer:
+        of_results = {name: options[name] for name in ("fp8_combine", "fp4_dispatch") if name in options}
+        return SpreadLayer(
+            EmulatedLayer(gpus, SPREAD, experts, capacity, num_ranks, **options),
+            EmulatedLayer(gpus, SPREAD, experts, num_ranks * capacity, **of_results),
+        )
+
+    def assert_same_bits(self, batches: Sequence[Batch], got: Sequence[torch.Tensor], seed: int, what: str) -> None:
+        (want,) = self.alone.run([joined(batches)], seed)
+        assert not want.isnan().any(), "NaN from one rank alone"
+        assert torch.equal(bits_of(torch.cat(list(got))), bits_of(want)), f"other bits than one rank alone: {what}"

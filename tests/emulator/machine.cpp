@@ -19,6 +19,8 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr uint64_t kStackCanary = 0x5ca1ab1e0ddba11ull;   // at the end that a stack grows to
 constexpr int kStepsBetweenStarts = 64;
 constexpr int kSleepSteps = 64;   // one of so many steps wakes somebody who sleeps
+constexpr int kSlowStreams = 8;   // a thread of a slow stream is passed over so often
+constexpr uint32_t kCopyPaces[] = {1, 8, 64};   // a copy's turn comes so much more rarely than a thread's
 
 // Stacks of whole CTAs, used again.
 std::map<size_t, std::vector<char*>> free_stacks;
@@ -83,6 +85,13 @@ void Machine::delay(int64_t stream, uint64_t num_steps) { streams_[stream].push_
 
 std::string Machine::run(uint64_t seed, uint64_t max_steps) {
   random_.seed(seed);
+  copy_pace_ = kCopyPaces[random(std::size(kCopyPaces))];
+  for (auto& stream : streams_) {
+    const bool slow = random(3) == 0;
+    for (Work& work : stream.second) {
+      if (work.grid) work.grid->slow = slow;
+    }
+  }
   error_.clear();
   num_steps_ = 0;
   max_steps_ = max_steps;
@@ -155,7 +164,7 @@ void Machine::run_alone(Grid& grid) {
 
 bool Machine::step(Pool& pool) {
   if (++num_steps_ > max_steps_) fail("no end after " + std::to_string(max_steps_) + " steps: " + who_waits());
-  if (!copies_.empty() && random(pool.ready.size() + copies_.size()) < copies_.size()) {
+  if (!copies_.empty() && random((pool.ready.size() + pool.asleep.size()) * copy_pace_ + copies_.size()) < copies_.size()) {
     do_copy(random(copies_.size()));
     return true;
   }
@@ -168,7 +177,8 @@ bool Machine::step(Pool& pool) {
     pool.asleep.pop_back();
   }
   if (pool.ready.empty()) return false;
-  const size_t i = random(pool.ready.size());
+  size_t i = random(pool.ready.size());
+  if (pool.ready[i]->cta->grid.slow && random(kSlowStreams)) i = random(pool.ready.size());
   Fiber& fiber = *pool.ready[i];
   pool.ready[i] = pool.ready.back();
   pool.ready.pop_back();

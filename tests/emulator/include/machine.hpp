@@ -1,6 +1,6 @@
 // A GPU on the CPU that the CUDA sources run on in tests. Every CUDA thread is a fiber, and one OS thread switches between them in an order that a
-// seed decides. What a real GPU may do at any time happens here at a random one (the copy engine's work), or as late as it may (multiplies, when they
-// are waited for). All of it is sequentially consistent: a missing fence or a wrong scope does not show, a missing wait does.
+// seed decides; so does how fast the copy engine and the GPUs are. What a real GPU may do at any time happens here at a random one (the copy engine's
+// work), or as late as it may (multiplies, when they are waited for). All of it is sequentially consistent: a missing fence or a wrong scope does not show, a missing wait does.
 #pragma once
 #include <csetjmp>
 #include <cstdint>
@@ -125,6 +125,7 @@ struct Grid {
   std::vector<std::unique_ptr<Cta>> ctas;
   unsigned num_running = 0;            // CTAs
   int64_t stream = 0;
+  bool slow = false;
 };
 
 // Work of the copy engine: a load from global to shared memory that completes bytes on a barrier, or a store of a group, which reads
@@ -185,6 +186,7 @@ class Machine {
   jmp_buf scheduler_;
   bool returned_ = false, trapped_ = false;   // why the fiber that ran last is back
   std::mt19937_64 random_;
+  uint32_t copy_pace_ = 1;
   uint64_t num_steps_ = 0, max_steps_ = 0;
   std::string error_;
 };
