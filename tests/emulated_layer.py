@@ -7,10 +7,14 @@ compiles. `emulator/machine.hpp` says what it can show and what not.
 
 from __future__ import annotations
 
+import atexit
+import functools
+import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +30,7 @@ from hopper_moe.quantization.packing import PackedExperts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 EMULATOR = Path(__file__).parent / "emulator"
-FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-w", "-ffp-contract=off")
+FLAGS = ("-O2", "-std=c++17", "-fPIC", "-w", "-ffp-contract=off")
 NUM_SMS = 3
 MAX_STEPS = 10**9  # a hang ends here, after a few minutes; the longest test takes 10**8
 GUARD_BYTES = 4096
@@ -45,19 +49,35 @@ OPTIONS = {
 }
 
 
-def compile_emulated(name: str, folder: Path, csrc: Path = jit.SOURCE_DIR) -> Path:
-    """A library of `jit.LIBRARIES` for emulated GPUs, from the sources in `csrc`; takes a third of a minute."""
-    sources = folder / f"{name}-sources"
+def compile_emulated(name: str, folder: Path, csrc: Path = jit.SOURCE_DIR, *, races: bool = False) -> Path:
+    """A library of `jit.LIBRARIES` for emulated GPUs, from the sources in `csrc`; `races`: one that can look for
+    them."""
+    sources, library, include = folder / f"{name}-sources", jit.LIBRARIES[name], f"-I{EMULATOR / 'include'}"
     shutil.copytree(csrc, sources, ignore=shutil.ignore_patterns("ptx"))
     (sources / "ptx").symlink_to(EMULATOR / "ptx")
-    output, tvm_ffi_folder = folder / f"{name}.so", Path(libinfo.find_libtvm_ffi()).parent
-    library = jit.LIBRARIES[name]
-    command = ["c++", *FLAGS, f"-I{EMULATOR / 'include'}", *jit.include_flags(sources), *library.defines, "-x", "c++"]
-    command += [str(sources / library.source), *map(str, sorted(EMULATOR.glob("*.cpp")))]
-    command += ["-o", str(output), f"-L{tvm_ffi_folder}", "-ltvm_ffi"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    flags = [*FLAGS, include, *jit.include_flags(sources), *library.defines]
+    watched = ("-fsanitize=thread", "-g1") if races else ()  # the emulator itself answers what this calls
+    kernels, output = folder / f"{name}.o", folder / f"{name}.so"
+    _compile(*flags, *watched, "-x", "c++", "-c", sources / library.source, "-o", kernels)
+    tvm_ffi_folder = Path(libinfo.find_libtvm_ffi()).parent
+    _compile("-shared", kernels, *_emulator(), "-o", output, f"-L{tvm_ffi_folder}", "-ltvm_ffi")
     return output
+
+
+@functools.cache
+def _emulator() -> tuple[Path, ...]:
+    """The compiled emulator, the same for all kernels; goes with the process."""
+    folder = tempfile.mkdtemp(prefix="hopper-moe-emulator-")
+    atexit.register(shutil.rmtree, folder)
+    objects = {source: Path(folder) / f"{source.stem}.o" for source in sorted(EMULATOR.glob("*.cpp"))}
+    for source, output in objects.items():
+        _compile(*FLAGS, f"-I{EMULATOR / 'include'}", *jit.include_flags(), "-c", source, "-o", output)
+    return tuple(objects.values())
+
+
+def _compile(*arguments: str | Path) -> None:
+    done = subprocess.run(["c++", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 class EmulationError(RuntimeError):
@@ -68,12 +88,23 @@ class Gpus:
     """Emulated GPUs, one per stream, with the kernels of one library."""
 
     def __init__(self, library: Path, max_steps: int = MAX_STEPS) -> None:
-        self.functions, self.max_steps = tvm_ffi.load_module(str(library)), max_steps
+        self.library, self.functions, self.max_steps = library, tvm_ffi.load_module(str(library)), max_steps
+        self.kept: list[object] = []  # what queued calls point to
 
     def run(self, seed: int) -> None:
         """All that is queued; `seed` decides the order of everything that has no other order."""
-        if words := str(self.functions["run"](seed, self.max_steps)):
-            raise EmulationError(words)
+        words = str(self.functions["run"](seed, self.max_steps))
+        self.kept.clear()
+        if words:
+            raise EmulationError(re.sub("@([0-9a-f]+)", self._lines, words))
+
+    def _lines(self, address: re.Match) -> str:
+        """Source lines of an instruction, the innermost first; the address is that behind it, and 0 is none of the kernels'."""
+        if int(address[1], 16) == 0:
+            return ""
+        command = ["addr2line", "-i", "-e", self.library, hex(int(address[1], 16) - 1)]
+        said = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+        return "(" + " < ".join(Path(line.split()[0]).name for line in said[:4] if line) + ")"
 
 
 @dataclass
@@ -92,10 +123,10 @@ class Rank:
     packed: PackedExperts | PackedFp8Experts
     timeout_s: float
     failure: FailureRecord
-    memory: torch.Tensor = field(init=False)  # the workspace and a guard behind it
+    memory: torch.Tensor  # the workspace and a guard behind it
 
     def __post_init__(self) -> None:
-        self.memory = torch.full((self.offsets["num_bytes"] + GUARD_BYTES,), GUARD, dtype=torch.uint8)
+        self.memory[:] = GUARD
         self.poison()
         self.workspace[: self.offsets["control_bytes"]] = 0
 
@@ -141,31 +172,35 @@ class EmulatedLayer:
         timeouts_s = timeouts_s or [NO_TIMEOUT_S] * num_ranks
         num_local = shape.num_experts // num_ranks
         rows = mega_moe._wave_rows(num_ranks, capacity, shape.top_k, num_local) if wave_rows is None else wave_rows
-        self.ranks = []
-        for rank in range(num_ranks):
-            sizes = (shape.hidden_size, shape.intermediate_size, shape.top_k, shape.num_experts, num_local)
-            integers = mega_moe._Shape(
-                *sizes, rank * num_local, num_ranks, rank, capacity, rows, fp8_combine, fp4_dispatch
-            ).integers()
-            offsets = gpus.functions["workspace_layout"](integers)
-            mine = slice(rank * num_local, (rank + 1) * num_local)
-            self.ranks.append(
-                Rank(
-                    *sizes,
-                    rank * num_local,
-                    tiles or smallest_tiles(),
-                    integers,
-                    dict(zip(mega_moe._WORKSPACE_FIELDS, map(int, offsets), strict=True)),
-                    type(experts)(*(tensor[mine].contiguous() for tensor in experts.tensors)),
-                    timeouts_s[rank],
-                    FailureRecord(rank, timeouts_s[rank], watch=False),
-                )
+        sizes = (shape.hidden_size, shape.intermediate_size, shape.top_k, shape.num_experts, num_local)
+        integers = [
+            mega_moe._Shape(*sizes, rank * num_local, num_ranks, rank, capacity, rows, fp8_combine, fp4_dispatch).integers()
+            for rank in range(num_ranks)
+        ]
+        offsets = dict(
+            zip(mega_moe._WORKSPACE_FIELDS, map(int, gpus.functions["workspace_layout"](integers[0])), strict=True)
+        )
+        self.memory = torch.empty(num_ranks, offsets["num_bytes"] + GUARD_BYTES, dtype=torch.uint8)
+        self.ranks = [
+            Rank(
+                *sizes,
+                rank * num_local,
+                tiles or smallest_tiles(),
+                integers[rank],
+                offsets,
+                type(experts)(*(tensor.chunk(num_ranks)[rank].contiguous() for tensor in experts.tensors)),
+                timeouts_s[rank],
+                FailureRecord(rank, timeouts_s[rank], watch=False),
+                self.memory[rank],
             )
+            for rank in range(num_ranks)
+        ]
 
     def enqueue(self, rank: int, batch: Batch, *, layer: int = -1) -> torch.Tensor:
         """`MegaMoE.__call__` on one rank: queued behind its earlier calls. Returns y, which is NaN until `run`."""
         mine, num_tokens = self.ranks[rank], batch.x.shape[0]
         y = torch.full_like(batch.x, float("nan"))
+        self.gpus.kept += (self, batch, y)
         self.gpus.functions["pre_dispatch"](
             mine.integers, mine.memory.data_ptr(), batch.x.data_ptr(), batch.topk_ids.data_ptr(), batch.topk_weights.data_ptr(),
             0, FACTOR, num_tokens, num_tokens, 0, self.shape.num_experts, rank,
@@ -177,6 +212,10 @@ class EmulatedLayer:
             num_tokens, layer, int(mine.timeout_s * 1e9), mine.failure.address, self.num_sms, rank,
         )  # fmt: skip
         return y
+
+    def look_for_races(self, looks: bool = True) -> None:
+        """Whether the GPUs' next runs look for them in shared memory and the ranks' workspaces."""
+        self.gpus.functions["look_for_races"](self.memory.data_ptr(), self.memory.numel() if looks else 0)
 
     def delay(self, rank: int, num_steps: int) -> None:
         """What the rank gets to do next waits so long."""

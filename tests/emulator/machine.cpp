@@ -1,5 +1,6 @@
 #include "machine.hpp"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -56,6 +57,7 @@ Cta::Cta(Grid& grid, unsigned index, Pool& pool)
     fiber.stack = stacks + i * kStackBytes;
     pool.ready.push_back(&fiber);
   }
+  Machine::get().begin_cta(*this);
 }
 
 Cta::~Cta() { free_stacks[fibers.size()].push_back(stacks); }
@@ -95,6 +97,17 @@ std::string Machine::run(uint64_t seed, uint64_t max_steps) {
   error_.clear();
   num_steps_ = 0;
   max_steps_ = max_steps;
+  global_ = {tracked_, num_tracked_};
+  stream_clocks_.clear();
+  ctas_per_stream_ = 1;
+  int64_t last_stream = 0;
+  for (const auto& [stream, queue] : streams_) {
+    last_stream = stream;
+    for (const Work& work : queue) {
+      if (work.grid && work.grid->shared_bytes) ctas_per_stream_ = std::max(ctas_per_stream_, work.grid->num_ctas);
+    }
+  }
+  races_ = Races(num_tracked_ ? (last_stream + 1) * ctas_per_stream_ * kNumAgents : 0);
   try {
     for (uint64_t turn = 0; error_.empty(); ++turn) {
       if (turn % kStepsBetweenStarts == 0) start_work();
@@ -262,6 +275,7 @@ void Machine::end_thread(Fiber& fiber) {
   Cta& cta = *fiber.cta;
   if (!fiber.in_flight.empty()) fail("a thread ended with multiplies in flight");
   if (fiber.open_stores->unwritten) fail("a thread ended with copies that it never committed");
+  if (races()) races_.release(cta.agent(fiber), stream_clocks_[cta.grid.stream]);
   if (--cta.num_running > 0) return;
   if (cta.num_copies > 0) fail("a CTA ended with copies in flight");
   Grid& grid = cta.grid;
@@ -296,11 +310,148 @@ std::string Machine::who_waits() const {
   return words.str();
 }
 
+// ---- races ----
+
+void Machine::begin_cta(Cta& cta) {
+  if (!races()) return;
+  const unsigned place = cta.grid.shared_bytes ? cta.index : 0;   // CTAs that run alone are one for this
+  cta.first_agent = static_cast<uint32_t>((cta.grid.stream * ctas_per_stream_ + place) * kNumAgents);
+  cta.cells = {cta.shared, cta.grid.shared_bytes};
+  for (Fiber& fiber : cta.fibers) {
+    races_.acquire(cta.agent(fiber), stream_clocks_[cta.grid.stream]);
+    fiber.multiplies_begin = races_.now(cta.multiplies_of(fiber));
+  }
+}
+
+void Machine::access(const void* address, size_t num_bytes, bool is_write, Access by) {
+  const Fiber& fiber = *current_;
+  Cta& cta = *fiber.cta;
+  Cells* cells = global_.has(address) ? &global_ : cta.cells.has(address) ? &cta.cells : nullptr;
+  if (!cells) return;
+  const Access* other = races_.access(cells->at(address), num_bytes, is_write, by, races_.clock(cta.agent(fiber)));
+  if (!other) return;
+  std::ostringstream words;
+  words << "race: " << (is_write ? "write" : "read") << " of " << num_bytes << " bytes at " << (cells == &global_ ? "global" : "shared") << " + "
+        << cells->offset(address) << " by " << who_is(by.agent) << " @" << std::hex << by.code << std::dec << ", not ordered behind an access by "
+        << who_is(other->agent) << " @" << std::hex << other->code;
+  fail(words.str());
+}
+
+namespace {
+
+uint32_t offset_of(const void* code) {
+  static const char* begin = [] {
+    Dl_info info;
+    dladdr(reinterpret_cast<void*>(&offset_of), &info);
+    return static_cast<const char*>(info.dli_fbase);
+  }();
+  return static_cast<uint32_t>(static_cast<const char*>(code) - begin);
+}
+
+}  // namespace
+
+void Machine::on_access(const void* address, size_t num_bytes, bool is_write, const void* code) {
+  if (!current_ || !races()) return;
+  const uint32_t agent = current_->cta->agent(*current_);
+  access(address, num_bytes, is_write, {agent, races_.now(agent), offset_of(code), false, false});
+}
+
+std::string Machine::who_is(uint32_t agent) const {
+  const uint32_t cta = agent / kNumAgents, place = agent % kNumAgents;
+  const std::string where = " of CTA " + std::to_string(cta % ctas_per_stream_) + " on stream " + std::to_string(cta / ctas_per_stream_);
+  static const char* const kEngines[] = {"the copy engine (load)", "the copy engine (store, reading)", "the copy engine (store, writing)"};
+  if (place < kMaxThreads) return "thread " + std::to_string(place) + where;
+  if (place < kMaxThreads + kNumEngines) return kEngines[place - kMaxThreads] + where;
+  return "multiplies of warp " + std::to_string(place - kMaxThreads - kNumEngines) + where;
+}
+
+uint32_t load_acquire(const uint32_t* address, Scope scope) {
+  Machine& machine = Machine::get();
+  machine.yield();
+  if (Races* races = machine.races()) {
+    const Fiber& fiber = machine.current();
+    const uint32_t agent = fiber.cta->agent(fiber);
+    races->acquire_flag(agent, address, scope, fiber.cta->grid.stream);
+    machine.access(address, sizeof *address, false, {agent, races->now(agent), 0, true, false});
+  }
+  return *address;
+}
+
+uint32_t load_relaxed(const uint32_t* address) {
+  Machine& machine = Machine::get();
+  if (Races* races = machine.races()) {
+    const uint32_t agent = machine.current().cta->agent(machine.current());
+    machine.access(address, sizeof *address, false, {agent, races->now(agent), 0, true, false});
+  }
+  return *address;
+}
+
+void store_release(uint32_t* address, uint32_t value, Scope scope) {
+  Machine& machine = Machine::get();
+  machine.yield();
+  if (Races* races = machine.races()) {
+    const Fiber& fiber = machine.current();
+    const uint32_t agent = fiber.cta->agent(fiber);
+    machine.access(address, sizeof *address, true, {agent, races->now(agent), 0, true, false});
+    races->release_flag(agent, address, scope, fiber.cta->grid.stream);
+  }
+  *address = value;
+}
+
+uint32_t fetch_add(uint32_t* address, uint32_t value, Order order) {
+  Machine& machine = Machine::get();
+  machine.yield();
+  if (Races* races = machine.races()) {
+    const Fiber& fiber = machine.current();
+    const uint32_t agent = fiber.cta->agent(fiber);
+    const int64_t gpu = fiber.cta->grid.stream;
+    if (order == Order::kAcquireRelease) races->acquire_flag(agent, address, Scope::kGpu, gpu);
+    machine.access(address, sizeof *address, true, {agent, races->now(agent), 0, true, false});
+    if (order != Order::kRelaxed) races->release_flag(agent, address, Scope::kGpu, gpu);
+  }
+  const uint32_t before = *address;
+  *address = before + value;
+  return before;
+}
+
+void proxy_fence() {
+  Machine& machine = Machine::get();
+  if (Races* races = machine.races()) races->fence(machine.current().cta->agent(machine.current()));
+}
+
+void seen_stores(StoreGroup& group, bool written) {
+  Machine& machine = Machine::get();
+  Races* races = machine.races();
+  if (!races) return;
+  const Cta& cta = *machine.current().cta;
+  Clock& clock = races->clock(cta.agent(machine.current()));
+  clock.set(cta.agent(Engine::kStoreRead), group.read_time);
+  if (written) clock.set(cta.agent(Engine::kStoreWrite), group.write_time);
+}
+
 // ---- the copy engine ----
 
 void Machine::start(Copy copy) {
   if (copy.num_bytes % 16 || copy.shared % 16 || reinterpret_cast<uintptr_t>(copy.global) % 16) fail("a bulk copy that is not of aligned 16 bytes");
-  copy.cta->at(copy.shared, copy.num_bytes);
+  const uint8_t* shared = copy.cta->at(copy.shared, copy.num_bytes);
+  if (races()) {
+    const auto begin = [&](Engine engine) {
+      const uint32_t agent = copy.cta->agent(engine);
+      return Access{agent, races_.tick(agent), 0, false, true};
+    };
+    if (copy.group) {
+      const Access reading = begin(Engine::kStoreRead), writing = begin(Engine::kStoreWrite);
+      access(shared, copy.num_bytes, false, reading);
+      access(copy.global, copy.num_bytes, true, writing);
+      copy.group->read_time = reading.time;
+      copy.group->write_time = writing.time;
+    } else {
+      const Access loading = begin(Engine::kLoad);
+      access(copy.global, copy.num_bytes, false, loading);
+      access(shared, copy.num_bytes, true, loading);
+      copy.load_time = loading.time;
+    }
+  }
   ++copy.cta->num_copies;
   copies_.push_back(std::move(copy));
 }
@@ -320,6 +471,7 @@ void Machine::do_copy(size_t index) {
     --copy.group->unwritten;
   } else {
     std::memcpy(shared, copy.global, copy.num_bytes);
+    if (races()) copy.cta->barrier_clocks[copy.barrier].gathered.set(copy.cta->agent(Engine::kLoad), copy.load_time);
     barrier_complete_bytes(*copy.cta, copy.barrier, copy.num_bytes);
   }
   --copy.cta->num_copies;
@@ -329,7 +481,21 @@ void Machine::do_copy(size_t index) {
 
 // ---- threads that meet ----
 
-void meet(uint32_t mask, const char* what, void* mine, void (*complete)(void* const* lanes, uint32_t mask)) {
+namespace {
+
+// Whatever each of them has done, all have seen.
+template <typename Fibers>
+void order_all(const Fibers& fibers) {
+  Races* races = Machine::get().races();
+  if (!races) return;
+  Clock all;
+  for (const Fiber* fiber : fibers) races->release(fiber->cta->agent(*fiber), all);
+  for (const Fiber* fiber : fibers) races->acquire(fiber->cta->agent(*fiber), all);
+}
+
+}  // namespace
+
+void meet(uint32_t mask, const char* what, void* mine, void (*complete)(void* const* lanes, uint32_t mask), bool orders_memory) {
   Machine& machine = Machine::get();
   Fiber& fiber = machine.current();
   Warp& warp = fiber.cta->warp_of(fiber);
@@ -347,6 +513,13 @@ void meet(uint32_t mask, const char* what, void* mine, void (*complete)(void* co
     lanes[lane] = arrival.mine;
   }
   complete(lanes, mask);
+  if (orders_memory) {
+    std::vector<const Fiber*> fibers;
+    for (int lane = 0; lane < kWarpSize; ++lane) {
+      if (mask >> lane & 1) fibers.push_back(warp.arrivals[lane].fiber);
+    }
+    order_all(fibers);
+  }
   warp.arrived &= ~mask;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (mask >> lane & 1 && lane != fiber.lane()) machine.wake(*warp.arrivals[lane].fiber);
@@ -359,6 +532,7 @@ void sync_threads() {
   Cta& cta = *machine.current().cta;
   cta.at_syncthreads.push_back(&machine.current());
   if (cta.at_syncthreads.size() < cta.fibers.size()) return machine.park("__syncthreads");
+  order_all(cta.at_syncthreads);
   cta.at_syncthreads.pop_back();
   machine.wake_all(cta.at_syncthreads);
   machine.yield();
@@ -385,6 +559,11 @@ void store_barrier(Cta& cta, uint32_t address, Barrier barrier) {
   if (barrier.num_pending == 0 && barrier.num_bytes == 0) {
     barrier.phase ^= 1;
     barrier.num_pending = barrier.num_arrivals;
+    if (Machine::get().races()) {
+      BarrierClock& clock = cta.barrier_clocks[address];
+      clock.passed.join(clock.gathered);
+      clock.gathered = {};
+    }
     Machine::get().wake_all(cta.at_barrier[address]);
   }
   std::memcpy(cta.at(address, sizeof barrier), &barrier, sizeof barrier);
@@ -406,6 +585,8 @@ void barrier_arrive(uint32_t address, uint32_t num_bytes) {
   if (barrier.num_pending == 0) Machine::get().fail("more arrivals on a barrier than it counts");
   barrier.num_bytes += num_bytes;
   --barrier.num_pending;
+  const Fiber& fiber = Machine::get().current();
+  if (Races* races = Machine::get().races()) races->release(fiber.cta->agent(fiber), fiber.cta->barrier_clocks[address].gathered);
   store_barrier(my_cta(), address, barrier);
 }
 
@@ -415,7 +596,12 @@ void barrier_complete_bytes(Cta& cta, uint32_t address, uint32_t num_bytes) {
   store_barrier(cta, address, barrier);
 }
 
-bool barrier_passed(uint32_t address, uint32_t parity) { return load_barrier(my_cta(), address).phase != parity; }
+bool barrier_passed(uint32_t address, uint32_t parity) {
+  if (load_barrier(my_cta(), address).phase == parity) return false;
+  const Fiber& fiber = Machine::get().current();
+  if (Races* races = Machine::get().races()) races->acquire(fiber.cta->agent(fiber), fiber.cta->barrier_clocks[address].passed);
+  return true;
+}
 
 void barrier_wait(uint32_t address, uint32_t parity) {
   Machine& machine = Machine::get();
@@ -431,16 +617,27 @@ namespace {
 
 constexpr int kRows = 64, kK = 32, kMaxTokens = 128;
 
-// One row of a K-major tile with 128-byte swizzle, 32 k from where the descriptor says.
-void read_row(const Cta& cta, uint64_t descriptor, int row, float (&values)[kK]) {
+// 16 k of a row of a K-major tile with 128-byte swizzle, from where the descriptor says.
+const uint8_t* chunk_of(const Cta& cta, uint64_t descriptor, int row, int k) {
   constexpr uint64_t kSwizzle128 = 1;
   if (descriptor >> 62 != kSwizzle128) Machine::get().fail("a descriptor without 128-byte swizzle");
   const uint32_t begin = (descriptor & 0x3FFF) << 4, atom_bytes = (descriptor >> 32 & 0x3FFF) << 4;
-  const uint32_t line = begin + row / 8 * atom_bytes + row % 8 * 128;
+  const uint32_t address = begin + row / 8 * atom_bytes + row % 8 * 128 + k;
+  return cta.at(address ^ (address >> 7 & 7) << 4, 16);
+}
+
+void read_row(const Cta& cta, uint64_t descriptor, int row, float (&values)[kK]) {
   for (int k = 0; k < kK; k += 16) {
-    const uint32_t address = line + k, swizzled = address ^ (address >> 7 & 7) << 4;
-    const uint8_t* chunk = cta.at(swizzled, 16);
+    const uint8_t* chunk = chunk_of(cta, descriptor, row, k);
     for (int i = 0; i < 16; ++i) values[k + i] = from_e4m3(chunk[i]);
+  }
+}
+
+// For Races: what a warp's multiply reads of shared memory, at its issue and until it is waited for.
+void access_tile(uint64_t descriptor, int num_rows, const Access& by) {
+  Machine& machine = Machine::get();
+  for (int row = 0; row < num_rows; ++row) {
+    for (int k = 0; k < kK; k += 16) machine.access(chunk_of(*machine.current().cta, descriptor, row, k), 16, false, by);
   }
 }
 
@@ -504,6 +701,12 @@ void issue_multiply(int n, bool begins, float* sums, const uint32_t* a, uint64_t
     machine.fail("threads of a warpgroup issue different multiplies");
   }
   multiply.lanes[fiber.thread % kWarpgroupSize] = {sums, a};
+  if (Races* races = machine.races(); races && fiber.lane() == 0) {
+    const uint32_t agent = fiber.cta->multiplies_of(fiber);
+    const Access by{agent, races->tick(agent), 0, false, true};
+    access_tile(b_tile, n, by);
+    if (!a) access_tile(a_tile, kRows, by);
+  }
   InFlight& in_flight = fiber.in_flight[sums];
   if (in_flight.num_multiplies++ == 0) {
     in_flight.values.assign(sums, sums + n / 2);
@@ -535,6 +738,10 @@ void wait_multiplies(size_t num_pending) {
       ++warpgroup.num_done;
     }
     groups.erase(groups.begin(), groups.end() - num_pending);
+    if (Races* races = machine.races()) {
+      const uint32_t time = fiber.multiplies_begin + static_cast<uint32_t>(target);
+      races->clock(fiber.cta->agent(fiber)).set(fiber.cta->multiplies_of(fiber), time);
+    }
   }
 }
 

@@ -34,6 +34,10 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 namespace emulator {
 
+// CUDA does not promise it. A warp that has voted goes on together, though, behind whatever its lanes have acquired, and three places rely on that:
+// combine_rest (waits for other ranks' rows), Epilogue::finish_l2 (tells other ranks of its own) and WaveGate. With `false` they show as races.
+constexpr bool kVotesOrderMemory = true;
+
 inline Fiber& me() { return Machine::get().current(); }
 
 template <typename To, typename From>
@@ -75,7 +79,7 @@ inline uint32_t ballot(uint32_t mask, const char* what, bool predicate) {
     for (int lane = 0; lane < kWarpSize; ++lane) {
       if (mask >> lane & 1) static_cast<Mine*>(lanes[lane])->result = result;
     }
-  });
+  }, kVotesOrderMemory);
   return mine.result;
 }
 
@@ -88,6 +92,7 @@ T max(T a, T b) { return a < b ? b : a; }
 
 template <typename T>
 T __ldcg(const T* address) { return *address; }
+inline uint32_t __ldcg(const uint32_t* address) { return emulator::load_relaxed(address); }
 template <typename T>
 T __ldg(const T* address) { return *address; }
 
@@ -100,23 +105,16 @@ T __shfl_xor_sync(uint32_t mask, T value, int flip) { return emulator::exchange(
 inline uint32_t __ballot_sync(uint32_t mask, bool predicate) { return emulator::ballot(mask, "__ballot_sync", predicate); }
 inline bool __any_sync(uint32_t mask, bool predicate) { return emulator::ballot(mask, "__any_sync", predicate) != 0; }
 inline bool __all_sync(uint32_t mask, bool predicate) { return emulator::ballot(mask, "__all_sync", predicate) == mask; }
-inline void __syncwarp(uint32_t mask = ~0u) { emulator::ballot(mask, "__syncwarp", true); }
+inline void __syncwarp(uint32_t mask = ~0u) {
+  emulator::meet(mask, "__syncwarp", nullptr, [](void* const*, uint32_t) {}, true);
+}
 inline void __syncthreads() { emulator::sync_threads(); }
 inline void __nanosleep(unsigned) { emulator::Machine::get().sleep("__nanosleep"); }
 [[noreturn]] inline void __trap() { emulator::Machine::get().trap(); }
 inline void __threadfence_system() {}
 
-// An atomic operation is a place where others may come first.
-template <typename T>
-T atomicAdd(T* address, T value) {
-  emulator::Machine::get().yield();
-  return std::exchange(*address, *address + value);
-}
-inline unsigned atomicAdd(unsigned* address, int value) { return atomicAdd(address, static_cast<unsigned>(value)); }
-inline unsigned atomicExch(unsigned* address, unsigned value) {
-  emulator::Machine::get().yield();
-  return std::exchange(*address, value);
-}
+inline unsigned atomicAdd(unsigned* address, unsigned value) { return emulator::fetch_add(address, value, emulator::Order::kRelaxed); }
+inline unsigned atomicExch(unsigned* address, unsigned value) { return std::exchange(*address, value); }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -1,6 +1,7 @@
 // A GPU on the CPU that the CUDA sources run on in tests. Every CUDA thread is a fiber, and one OS thread switches between them in an order that a
 // seed decides; so does how fast the copy engine and the GPUs are. What a real GPU may do at any time happens here at a random one (the copy engine's
-// work), or as late as it may (multiplies, when they are waited for). All of it is sequentially consistent: a missing fence or a wrong scope does not show, a missing wait does.
+// work), or as late as it may (multiplies, when they are waited for). Memory is sequentially
+// consistent, so a missing fence or a scope too small changes no result: those are what Races finds.
 #pragma once
 #include <csetjmp>
 #include <cstdint>
@@ -12,6 +13,8 @@
 #include <string>
 #include <unordered_map>
 #include <vector>
+
+#include "races.hpp"
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -35,6 +38,7 @@ struct Pool {
 // Copies to global memory that one thread started between two commits: those that have not read their shared memory, or not written.
 struct StoreGroup {
   int unread = 0, unwritten = 0;
+  uint32_t read_time = 0, write_time = 0;   // of its last copy's reading and writing, see Races
 };
 
 // Accumulators while multiplies own them: the thread sees NaN in their place.
@@ -57,6 +61,7 @@ struct Fiber {
   uint64_t num_multiplies = 0;         // issued
   std::vector<uint64_t> multiply_groups;             // how many were issued at each commit
   std::map<float*, InFlight> in_flight;
+  uint32_t multiplies_begin = 0;       // the time of its warp's multiplies when it began, see Races
 
   int lane() const { return thread % kWarpSize; }
 };
@@ -94,12 +99,23 @@ struct Warpgroup {
 
 struct Grid;
 
+// The agents of a CTA (see Races): its threads, then these, then the multiplies of its warps.
+enum class Engine { kLoad, kStoreRead, kStoreWrite };
+constexpr int kMaxThreads = 384, kNumEngines = 3, kNumAgents = kMaxThreads + kNumEngines + kMaxThreads / kWarpSize;
+
+struct BarrierClock {
+  Clock gathered, passed;              // by arrivals of the phase, of those before
+};
+
 struct Cta {
   Cta(Grid& grid, unsigned index, Pool& pool);
   ~Cta();
   Cta(const Cta&) = delete;
 
   uint8_t* at(uint32_t address, size_t num_bytes) const;   // of shared memory
+  uint32_t agent(const Fiber& fiber) const { return first_agent + fiber.thread; }
+  uint32_t agent(Engine engine) const { return first_agent + kMaxThreads + static_cast<uint32_t>(engine); }
+  uint32_t multiplies_of(const Fiber& fiber) const { return first_agent + kMaxThreads + kNumEngines + fiber.thread / kWarpSize; }
   Warp& warp_of(const Fiber& fiber) { return warps[fiber.thread / kWarpSize]; }
   Warpgroup& warpgroup_of(const Fiber& fiber) { return warpgroups[fiber.thread / kWarpgroupSize]; }
 
@@ -115,6 +131,9 @@ struct Cta {
   size_t num_running;                  // threads that have not returned
   int num_copies = 0;                  // in flight
   char* stacks;
+  uint32_t first_agent = 0;
+  Cells cells;                         // of shared memory, if races are looked for
+  std::unordered_map<uint32_t, BarrierClock> barrier_clocks;
 };
 
 // A kernel launch. One without dynamic shared memory runs its CTAs one at a time, each undisturbed: static shared memory exists once.
@@ -136,6 +155,7 @@ struct Copy {
   uint32_t shared, num_bytes, barrier;
   std::shared_ptr<StoreGroup> group;   // null: a load
   std::vector<uint8_t> read;
+  uint32_t load_time = 0;              // see Races
 };
 
 class Machine {
@@ -147,6 +167,8 @@ class Machine {
   void delay(int64_t stream, uint64_t num_steps);
   // Runs all that is queued. What went wrong, or "".
   std::string run(uint64_t seed, uint64_t max_steps);
+  // From now on runs look for races in shared memory and in these bytes (0: no longer).
+  void look_for_races(const uint8_t* global, size_t num_bytes) { tracked_ = global, num_tracked_ = num_bytes; }
 
   // Device side.
   Fiber& current() const { return *current_; }
@@ -158,6 +180,11 @@ class Machine {
   void start(Copy copy);
   uint64_t now() const { return num_steps_; }
   uint32_t random(size_t below) { return static_cast<uint32_t>(random_() % below); }
+  // For Races: null if nobody looks.
+  Races* races() { return num_tracked_ ? &races_ : nullptr; }
+  void on_access(const void* address, size_t num_bytes, bool is_write, const void* code);
+  void access(const void* address, size_t num_bytes, bool is_write, Access by);   // by the current thread or for it
+  void begin_cta(Cta& cta);
   [[noreturn]] void trap();                         // ends the stream: its threads never run again
   [[noreturn]] void fail(const std::string& why);   // ends the run
 
@@ -178,6 +205,7 @@ class Machine {
   void end_stream(int64_t stream);
   void do_copy(size_t index);
   std::string who_waits() const;
+  std::string who_is(uint32_t agent) const;
 
   std::map<int64_t, std::deque<Work>> streams_;
   Pool pool_;
@@ -189,12 +217,27 @@ class Machine {
   uint32_t copy_pace_ = 1;
   uint64_t num_steps_ = 0, max_steps_ = 0;
   std::string error_;
+
+  const uint8_t* tracked_ = nullptr;
+  size_t num_tracked_ = 0;
+  Races races_;
+  Cells global_;
+  uint32_t ctas_per_stream_ = 0;
+  std::map<int64_t, Clock> stream_clocks_;   // what launches have done that are over
 };
 
 // All lanes of `mask` meet in the instruction `what`; the last one calls complete(what each lane brought, mask), which may write to it.
-void meet(uint32_t mask, const char* what, void* mine, void (*complete)(void* const* lanes, uint32_t mask));
+void meet(uint32_t mask, const char* what, void* mine, void (*complete)(void* const* lanes, uint32_t mask), bool orders_memory = false);
 void sync_threads();
 uint32_t shared_address(const void* pointer);
+
+// Flags and counters in global memory. Before one is looked at or changed, others may come first.
+uint32_t load_acquire(const uint32_t* address, Scope scope);
+uint32_t load_relaxed(const uint32_t* address);
+void store_release(uint32_t* address, uint32_t value, Scope scope);
+uint32_t fetch_add(uint32_t* address, uint32_t value, Order order);   // at GPU scope
+void proxy_fence();
+void seen_stores(StoreGroup& group, bool written);   // the current thread has waited for its reading, or its writing
 
 void barrier_init(uint32_t address, uint32_t num_arrivals);
 void barrier_arrive(uint32_t address, uint32_t num_bytes);   // with bytes that the copy engine is to complete

@@ -44,7 +44,7 @@ void store_matrix_transposed(uint32_t smem, const uint32_t (&r)[kMatrices]) {
         const int matrix = i / 2, row = lane / 4, column = lane % 4 * 2 + i % 2;
         const uint32_t to = static_cast<Mine*>(lanes[8 * matrix + column])->address + 2 * row;
         const auto value = static_cast<uint16_t>(fragment[matrix] >> 16 * (i % 2));
-        std::memcpy(cta.at(to, 2), &value, 2);
+        *reinterpret_cast<uint16_t*>(cta.at(to, 2)) = value;
       }
     }
   });

@@ -25,6 +25,7 @@ void bulk_wait_read() {
   auto& groups = emulator::me().stores;
   for (int i = 0; i < static_cast<int>(groups.size()) - kPending; ++i) {
     while (groups[i]->unread > 0) emulator::Machine::get().sleep("bulk_wait_read");
+    emulator::seen_stores(*groups[i], false);
   }
 }
 template <int kPending>
@@ -32,6 +33,7 @@ void bulk_wait() {
   auto& groups = emulator::me().stores;
   for (; static_cast<int>(groups.size()) > kPending; groups.erase(groups.begin())) {
     while (groups.front()->unwritten > 0) emulator::Machine::get().sleep("bulk_wait");
+    emulator::seen_stores(*groups.front(), true);
   }
 }
 

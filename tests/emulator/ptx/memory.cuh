@@ -1,23 +1,19 @@
-// csrc/ptx/memory.cuh on the emulated GPU. Before a flag is looked at or changed, others may come first.
+// csrc/ptx/memory.cuh on the emulated GPU.
 #pragma once
 #include <cuda_runtime.h>
 
 namespace hopper_moe::ptx {
 
-inline void fence_async_global() {}
-inline void fence_async_shared() {}
+inline void fence_async_global() { emulator::proxy_fence(); }
+inline void fence_async_shared() { emulator::proxy_fence(); }
 
-inline void red_add_release_gpu(uint32_t* address, uint32_t value) { atomicAdd(address, value); }
-inline uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
-inline void store_release_system(uint32_t* address, uint32_t value) {
-  emulator::Machine::get().yield();
-  *address = value;
+inline void red_add_release_gpu(uint32_t* address, uint32_t value) { emulator::fetch_add(address, value, emulator::Order::kRelease); }
+inline uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t value) {
+  return emulator::fetch_add(address, value, emulator::Order::kAcquireRelease);
 }
-inline uint32_t load_acquire_system(const uint32_t* address) {
-  emulator::Machine::get().yield();
-  return *address;
-}
-inline uint32_t load_acquire_gpu(const uint32_t* address) { return load_acquire_system(address); }
+inline void store_release_system(uint32_t* address, uint32_t value) { emulator::store_release(address, value, emulator::Scope::kSystem); }
+inline uint32_t load_acquire_system(const uint32_t* address) { return emulator::load_acquire(address, emulator::Scope::kSystem); }
+inline uint32_t load_acquire_gpu(const uint32_t* address) { return emulator::load_acquire(address, emulator::Scope::kGpu); }
 inline uint64_t global_timer() { return emulator::Machine::get().now(); }
 inline void wait_at_least(const uint32_t* address, uint32_t target) {
   while (load_acquire_gpu(address) < target) emulator::Machine::get().sleep("wait_at_least");

@@ -1,0 +1,55 @@
+"""No two accesses of the fused kernel to memory race: waits, fences and scopes order them all, on emulated GPUs.
+
+`emulator/races.hpp` says what is looked for, and `kVotesOrderMemory` in `emulator/include/cuda_runtime.h` names what is taken for
+granted. That mistakes of this kind are found is asked by `test_emulated_sabotage.py`.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from emulated_layer import OPTIONS, SPREAD, EmulatedLayer, Gpus, compile_emulated, draw_batch
+from mega_moe_rig import RANDOM_EXPERTS
+
+from hopper_moe.quantization.packing import PackedExperts
+
+CASES = [("bf16", 1, 1), ("bf16", 1, 300), ("waves", 2, 150), ("pairs", 2, 150)]
+CASES += [(option, 2, 40) for option in OPTIONS]
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory):
+    """Type of weights -> emulated GPUs that can look for races, compiled on first use."""
+    made: dict[str, Gpus] = {}
+
+    def get(weights: type = PackedExperts) -> Gpus:
+        if weights.library not in made:
+            made[weights.library] = Gpus(compile_emulated(weights.library, tmp_path_factory.mktemp("emulated"), races=True))
+        return made[weights.library]
+
+    return get
+
+
+@pytest.mark.parametrize("option, num_ranks, num_tokens", CASES)
+def test_one_call(gpus, seed, option, num_ranks, num_tokens):
+    draw, generator, options = random.Random(seed), torch.Generator().manual_seed(seed), dict(OPTIONS[option])
+    weights = options.pop("weights", PackedExperts)
+    experts = RANDOM_EXPERTS[weights](SPREAD, SPREAD.num_experts, generator, "cpu")
+    layer = EmulatedLayer(gpus(weights), SPREAD, experts, num_tokens, num_ranks, **options)
+    layer.look_for_races()
+    batches = [draw_batch(SPREAD, num_tokens, draw.choice(("uniform", "zipf")), generator, num_ranks) for _ in range(num_ranks)]
+    assert not any(y.isnan().any() for y in layer.run(batches, seed))
+
+
+def test_calls_that_run_ahead(gpus, seed):
+    """One call's counters, tokens and slots are the next one's."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    layer = EmulatedLayer(gpus(), SPREAD, RANDOM_EXPERTS[PackedExperts](SPREAD, 16, generator, "cpu"), 40, 2)
+    layer.look_for_races()
+    for _ in range(5):
+        for rank in range(2):
+            layer.delay(rank, draw.choice((0, 0, 100_000)))
+            layer.enqueue(rank, draw_batch(SPREAD, draw.choice((0, 1, draw.randint(2, 40))), "uniform", generator, 2))
+    gpus().run(seed)
