@@ -150,7 +150,8 @@ class ModelFacts:
     """What the late check needs of SGLang's model config."""
 
     architecture: str
-    is_fp4_experts: bool
+    quantization: str | None  # how SGLang builds every linear and expert; None: nothing is quantized
+    is_fp4_experts: bool  # also for experts of a type that SGLang does not know, so it says nothing without the line above
     has_nvfp4_experts: bool
     hidden_size: int
     moe_intermediate_size: int
@@ -180,6 +181,12 @@ def late(args: Any, spec: KernelSpec, settings: Settings, model: ModelFacts, att
         )
     if model.has_nvfp4_experts:
         raise Refusal(f"the checkpoint's experts are NVFP4, {BACKEND} serves MXFP4 experts: use --moe-runner-backend auto.")
+    if model.quantization != "fp8":
+        # Another method than SGLang's Fp8Config never asks us for its layers: Triton would run them without a word.
+        raise Refusal(
+            f"the model's quantization is {model.quantization}, but only quant_method fp8 in its config.json makes SGLang build "
+            f"expert layers for {BACKEND}: give the stock checkpoint, or use --moe-runner-backend auto."
+        )
     if model.swiglu_limit is not None and not (math.isfinite(model.swiglu_limit) and model.swiglu_limit > 0):
         raise Refusal(f"swiglu_limit {model.swiglu_limit} in the model's config.json is no positive number: mend or remove it.")
     if model.moe_intermediate_size % (moe_tp := max(args.tp_size // args.ep_size, 1)):

@@ -224,6 +224,9 @@ def test_environments_that_are_refused(model, environ, argv, sentence):
         stock.resolve(model, *argv)
 
 
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}, "ignore": ["lm_head"]}
+
+
 @pytest.mark.parametrize(
     ("dtype", "changes", "sentence"),
     [
@@ -237,8 +240,14 @@ def test_environments_that_are_refused(model, environ, argv, sentence):
         ("I8", {"moe_intermediate_size": 192}, "intermediate_size 192 is not a positive multiple of 128"),
         ("I8", {"num_experts_per_tok": 17, "n_routed_experts": 32}, "top_k 17 is outside 1..16"),
         ("I8", {"swiglu_limit": -1.0}, "swiglu_limit -1.0 .* no positive number"),
+        ("BF16", {"quantization_config": None}, "quantization is None, but only quant_method fp8"),
+        ("I8", {"quantization_config": None}, "quantization is None, but only quant_method fp8"),
+        ("BF16", {"quantization_config": COMPRESSED}, "quantization is compressed-tensors, but only quant_method fp8"),
     ],
-    ids=["FP8 experts", "Llama", "hidden size", "intermediate size", "top-k", "clamp"],
+    ids=[
+        "FP8 experts", "Llama", "hidden size", "intermediate size", "top-k", "clamp", "BF16 repack", "no quantization",
+        "compressed-tensors",
+    ],
 )
 def test_models_that_are_refused(tmp_path, dtype, changes, sentence):
     with pytest.raises(Refusal, match=sentence):
