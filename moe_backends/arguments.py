@@ -114,7 +114,13 @@ def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) ->
             f"--quantization {args.quantization} is not how DeepSeek-V4 FP4 experts are stored: drop it, the checkpoint says fp8."
         )
 
-    declared: dict[str, Any] = {"moe_a2a_backend": _exchange(args, spec, attn_dp_size)}
+    exchange = _exchange(args, spec, attn_dp_size)
+    if args.speculative_moe_a2a_backend not in (None, exchange):
+        raise Refusal(
+            f"--speculative-moe-a2a-backend {args.speculative_moe_a2a_backend} would lay out the draft's rows in another way than "
+            f"{spec.name}, which runs its layers too, takes them here ({exchange}): drop --speculative-moe-a2a-backend."
+        )
+    declared: dict[str, Any] = {"moe_a2a_backend": exchange}
     if uncapturable := _uncapturable(spec, settings):
         logger.warning("%s cannot be captured in a CUDA graph: graphs are off.", uncapturable)
         declared["disable_cuda_graph"] = True

@@ -163,6 +163,8 @@ def test_other_launches_are_left_alone(model):
 # ---- refusals
 
 EP8 = ("--tp-size", "8", "--attn-dp-size", "8")
+MTP = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3")
+MTP += ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,9 @@ EP8 = ("--tp-size", "8", "--attn-dp-size", "8")
         (("--quantization", "modelopt_fp4"), "--quantization modelopt_fp4 is not how"),
         (("--tp-size", "8", "--ep-size", "8", "--moe-a2a-backend", "deepep"), "--moe-a2a-backend deepep moves tokens before"),
         (("--speculative-moe-runner-backend", "triton"), "--speculative-moe-runner-backend triton beside"),
+        ((*EP8, *MTP, "--speculative-moe-a2a-backend", "none"), "--speculative-moe-a2a-backend none .* drop"),
+        ((*EP8, *MTP, "--speculative-moe-a2a-backend", "deepep"), "--speculative-moe-a2a-backend deepep .* drop"),
+        ((*MTP, "--speculative-moe-a2a-backend", "megamoe"), "--speculative-moe-a2a-backend megamoe .* drop"),
         ((*EP8, "--chunked-prefill-size", "-1"), "--chunked-prefill-size -1 leaves the tokens per rank unbounded"),
         (("--cuda-graph-backend-decode", "full"), "--cuda-graph-backend-decode full was given"),
         (("--tp-size", "4"), "intermediate_size 64 is not a positive multiple of 128"),
@@ -191,6 +196,13 @@ EP8 = ("--tp-size", "8", "--attn-dp-size", "8")
 def test_arguments_that_are_refused(model, argv, sentence):
     with pytest.raises(Refusal, match=sentence):
         stock.resolve(model, *argv)
+
+
+@pytest.mark.parametrize(("argv", "exchange"), [(EP8, "megamoe"), ((), "none")], ids=["megamoe", "none"])
+def test_the_draft_takes_its_rows_as_the_target_does(model, argv, exchange):
+    for spelled in ((), ("--speculative-moe-a2a-backend", exchange)):
+        stock.resolve(model, *argv, *MTP, *spelled)
+        assert plan()["exchange"] == exchange
 
 
 def test_only_the_draft_on_this_backend_is_refused(model):
