@@ -153,6 +153,21 @@ def test_the_budget_is_not_divided_twice(model):
     assert os.environ["SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK"] == "16384", "SGLang compares batches with this one"
 
 
+def test_what_one_launch_sets_for_sglang_binds_no_later_one(model):
+    """A program that ran sglang.Engine hands its environment on to every server that it starts afterwards."""
+    stock.resolve(model, *EP8, "--chunked-prefill-size", "8192")
+    assert plan()["capacity"] == 1024
+    stock.resolve(model, *EP8, "--chunked-prefill-size", "16384")
+    assert plan()["capacity"] == 2048
+    os.environ["HOPPER_MOE_MAX_TOKENS_PER_RANK"] = "4096"
+    stock.resolve(model, *EP8, "--chunked-prefill-size", "16384")
+    assert plan()["capacity"] == 4096
+    del os.environ["HOPPER_MOE_MAX_TOKENS_PER_RANK"]
+    os.environ["SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK"] = "1024"  # now the user says so
+    with pytest.raises(Refusal, match="NUM_MAX_TOKENS_PER_RANK=1024 is below the 2048 tokens"):
+        stock.resolve(model, *EP8, "--chunked-prefill-size", "16384")
+
+
 def test_other_launches_are_left_alone(model):
     args = stock.resolve(model, backend="auto")
     assert resolved(args).moe_runner_backend == "flashinfer_mxfp4" and "_HOPPER_MOE_PLAN" not in os.environ
