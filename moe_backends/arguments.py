@@ -46,8 +46,12 @@ UNSUPPORTED = (
     ("kt_weight_path", "--kt-weight-path", "it moves experts to the CPU"),
     ("cpu_offload_gb", "--cpu-offload-gb", "it moves packed experts to the CPU"),
     ("elastic_ep_backend", "--elastic-ep-backend", "experts must stay on the ranks that packed them"),
+    ("use_ray", "--use-ray", "which Ray's workers would not know: SGLang loads no plugins in them"),
     ("enable_w4a4_mxfp4_megamoe", "--enable-w4a4-mxfp4-megamoe", "FP4 activations need another GPU"),
 )
+
+_WHOLE_PARAMETERS = ("sharded_state", "presharded", "remote_instance")
+"""Load formats that fill a layer's parameters as they are after loading, past the loader that shows us every expert tensor."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,16 @@ def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) ->
         raise Refusal(
             "--load-format dummy makes up FP4 scales that mean nothing: drop it and give a checkpoint, such as "
             "eval/data/gpu_dsv4 of this package."
+        )
+    if args.load_format in _WHOLE_PARAMETERS or args.weight_cache_mode != "off":
+        option = (
+            f"--load-format {args.load_format}"
+            if args.load_format in _WHOLE_PARAMETERS
+            else f"--weight-cache-mode {args.weight_cache_mode}"
+        )
+        raise Refusal(
+            f"{option} fills parameters without SGLang's weight loader, where {BACKEND} checks and packs each expert: drop it and "
+            "give the stock checkpoint."
         )
     if args.quantization not in (None, "fp8"):
         raise Refusal(
@@ -234,8 +248,21 @@ def required_tokens(args: Any, attn_dp_size: int) -> int:
     requests = args.cuda_graph_config.decode.max_bs or 0
     if args.max_running_requests:
         requests = max(requests, -(-args.max_running_requests // attn_dp_size))
-    tokens = max(0 if args.disaggregation_mode == "decode" else args.chunked_prefill_size, requests * tokens_per_request)
+    tokens = max(0 if args.disaggregation_mode == "decode" else _largest_chunk(args), requests * tokens_per_request)
     return -(-tokens // align) * align
+
+
+def _has_dynamic_chunks(args: Any) -> bool:
+    return args.enable_dynamic_chunking and args.pp_size > 1
+
+
+def _largest_chunk(args: Any) -> int:
+    """Most tokens of a prefill chunk. With pipeline stages --enable-dynamic-chunking sizes it anew at every step, up to
+    --max-prefill-tokens, after it has timed chunks of 1.25 times --chunked-prefill-size."""
+    chunk = args.chunked_prefill_size
+    if not _has_dynamic_chunks(args):
+        return chunk
+    return max(chunk, math.ceil(1.25 * chunk), args.max_prefill_tokens or 0)
 
 
 def _capacity(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) -> int:
@@ -253,7 +280,8 @@ def _capacity(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int
         raise Refusal(
             f"{_origin(settings)}={asked} is below the {needed} tokens that a rank may bring (chunked prefill "
             f"{args.chunked_prefill_size} per "
-            f"rank, or running requests x draft tokens): raise it to {needed} or lower --chunked-prefill-size."
+            f"rank, or running requests x draft tokens): raise it to {needed} or lower --chunked-prefill-size"
+            f"{' or --max-prefill-tokens, up to which chunks are sized dynamically' if _has_dynamic_chunks(args) else ''}."
         )
     return asked or needed
 

@@ -168,6 +168,23 @@ def test_what_one_launch_sets_for_sglang_binds_no_later_one(model):
         stock.resolve(model, *EP8, "--chunked-prefill-size", "16384")
 
 
+def test_the_budget_covers_what_dynamic_chunking_may_choose(model):
+    """SGLang's chunk sizer is bounded by --max-prefill-tokens alone, which is no divided quantity, and probes at 1.25 times the
+    chunk before it serves."""
+    from sglang.srt.arg_groups.overrides import max_prefill_buffer_tokens
+
+    argv = (*EP8, "--pp-size", "2", "--chunked-prefill-size", "8192", "--max-prefill-tokens", "1200", "--max-running-requests", "8")
+    stock.resolve(model, *argv)
+    assert plan()["capacity"] == 1024
+    args = stock.resolve(model, *argv, "--enable-dynamic-chunking")
+    assert plan()["capacity"] == max_prefill_buffer_tokens(args) == 1280
+    stock.resolve(model, *argv, "--enable-dynamic-chunking", "--max-prefill-tokens", "16384")
+    assert plan()["capacity"] == 16384
+    os.environ["HOPPER_MOE_MAX_TOKENS_PER_RANK"] = "1024"
+    with pytest.raises(Refusal, match="=1024 is below the 1280 tokens .*lower --chunked-prefill-size or --max-prefill-tokens"):
+        stock.resolve(model, *argv, "--enable-dynamic-chunking")
+
+
 def test_other_launches_are_left_alone(model):
     args = stock.resolve(model, backend="auto")
     assert resolved(args).moe_runner_backend == "flashinfer_mxfp4" and "_HOPPER_MOE_PLAN" not in os.environ
@@ -196,6 +213,11 @@ MTP += ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
         (("--offload-group-size", "4"), "--offload-group-size 4 copies or moves"),
         (("--elastic-ep-backend", "mooncake"), "--elastic-ep-backend .* packed"),
         (("--load-format", "dummy"), "--load-format dummy"),
+        (("--load-format", "sharded_state"), "--load-format sharded_state fills parameters without SGLang's weight loader"),
+        (("--load-format", "presharded"), "--load-format presharded fills"),
+        (("--load-format", "remote_instance"), "--load-format remote_instance fills"),
+        (("--weight-cache-mode", "daemon"), "--weight-cache-mode daemon fills"),
+        (("--use-ray",), "--use-ray .* loads no plugins"),
         (("--quantization", "modelopt_fp4"), "--quantization modelopt_fp4 is not how"),
         (("--tp-size", "8", "--ep-size", "8", "--moe-a2a-backend", "deepep"), "--moe-a2a-backend deepep moves tokens before"),
         (("--speculative-moe-runner-backend", "triton"), "--speculative-moe-runner-backend triton beside"),
