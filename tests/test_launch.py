@@ -96,6 +96,28 @@ def test_attention_data_parallelism_takes_no_gpus(arguments):
     assert _report(["--tp", "4", *arguments], machine=four).refusals == ()
 
 
+def test_the_gpus_that_sglang_will_use_are_the_ones_that_are_checked():
+    """Two servers on one host: the first four GPUs belong to another one."""
+    half = replace(EIGHT, gpus=tuple(replace(gpu, free_bytes=(5 if gpu.index < 4 else 139) * GIB) for gpu in EIGHT.gpus))
+    four = ["--tp", "4", "--ep", "4"]
+    assert len(_report(four, machine=half).refusals) == 4
+    assert _report([*four, "--base-gpu-id", "4"], machine=half).refusals == ()
+    assert [said.split(" has ")[0] for said in _report([*four, "--gpu-id-step", "2"], machine=half).refusals] == ["GPU 0", "GPU 2"]
+    (said,) = _report([*four, "--base-gpu-id", "6"]).refusals
+    assert "--base-gpu-id 6 and --gpu-id-step 1 put a rank on GPU 9, but 8 are visible" in said
+    far = replace(EIGHT, blocked_peers=((0, 4), (4, 7)))
+    assert _report(["--tp", "4", "--attn-dp-size", "4"], machine=far).refusals == ()
+    (said,) = _report(["--tp", "4", "--attn-dp-size", "4", "--base-gpu-id", "4"], machine=far).refusals
+    assert "GPUs 4->7 cannot" in said
+
+
+def test_fp8_experts_need_a_tile_table_too():
+    """The same fused kernel: without one it would stop at its first layer, after the weights were loaded."""
+    unknown = replace(EIGHT, gpus=(replace(H200, name="NVIDIA H900"),))
+    (said,) = _report([], machine=unknown, facts=replace(FLASH, expert_dtype="fp8", num_moe_layers=4)).refusals
+    assert "no tile table for 'NVIDIA H900'" in said
+
+
 def test_a_pipeline_stage_holds_its_own_layers_only():
     machine = replace(EIGHT, gpus=tuple(replace(gpu, free_bytes=138 * GIB) for gpu in EIGHT.gpus))
     report = _report(["--tp", "4", "--pp-size", "2", "--ep", "4"], machine=machine, facts=PRO)
