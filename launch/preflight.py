@@ -26,6 +26,7 @@ class Report:
     refusals: tuple[str, ...]
     shape: LayerShape | None = None  # one layer as one rank holds it
     exchanges: bool = False  # whether the kernel itself moves tokens between ranks
+    capacity: int = DEFAULT_CAPACITY  # tokens of one kernel call, as far as it is known before SGLang fills in its defaults
 
 
 def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Settings) -> Report:
@@ -60,7 +61,10 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
         expert_bytes = expert_bytes_per_rank(largest_stage, shape.ep_size, shape.intermediate_size, shape.expert_dtype)
         lines.append(f"memory   {expert_bytes / GIB:.2f} GiB of packed expert weights per rank")
         refusals += _memory_refusals(plan, machine, expert_bytes)
-    return Report(choice, tuple(lines), tuple(refusals), shape, _exchanges(plan, choice))
+    exchanges = _exchanges(plan, choice)
+    chunk = plan.chunked_prefill_size if exchanges else None  # else a larger chunk runs in pieces
+    capacity = settings.max_tokens_per_rank or chunk or DEFAULT_CAPACITY
+    return Report(choice, tuple(lines), tuple(refusals), shape, exchanges, capacity)
 
 
 def _ranks_line(plan: LaunchPlan, shape: LayerShape) -> str:
@@ -78,7 +82,7 @@ def workspace_line(report: Report, settings: Settings) -> str | None:
         return None
     from hopper_moe.kernels.mega_moe import workspace_bytes
 
-    shape, capacity = report.shape, settings.max_tokens_per_rank or DEFAULT_CAPACITY
+    shape, capacity = report.shape, report.capacity
     num_bytes = workspace_bytes(
         num_tokens_capacity=capacity,
         hidden_size=shape.hidden_size,

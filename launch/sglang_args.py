@@ -88,6 +88,7 @@ def _parser() -> _Parser:
     parser.add_argument("--moe-runner-backend", default=BACKEND)
     parser.add_argument("--moe-a2a-backend", default="none")
     parser.add_argument("--quantization")
+    parser.add_argument("--config")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=_whole(1, 65535), default=30000)
@@ -102,6 +103,11 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
     problems = []
     if read.model_path is not None:
         problems.append(f"--model-path {read.model_path} is given beside MODEL {model}: name the model once.")
+    if read.config is not None:
+        problems.append(
+            f"--config {read.config} holds arguments that these checks would not see: give them on the command line or use "
+            f"`sglang serve` with --moe-runner-backend {BACKEND}."
+        )
     if read.moe_runner_backend != BACKEND:
         problems.append(f"--moe-runner-backend {read.moe_runner_backend} is not this plugin: leave it out or use `sglang serve`.")
     if read.moe_a2a_backend not in ("none", "megamoe"):

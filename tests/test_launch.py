@@ -21,7 +21,7 @@ from hopper_moe.launch import machine as machines
 from hopper_moe.launch.cli import COMMANDS, main
 from hopper_moe.launch.machine import GIB, Gpu, Machine
 from hopper_moe.launch.model_facts import ModelFacts, read_model
-from hopper_moe.launch.preflight import check, expert_bytes_per_rank
+from hopper_moe.launch.preflight import check, expert_bytes_per_rank, workspace_line
 from hopper_moe.moe_backends import env
 from hopper_moe.moe_backends.env import load
 from hopper_moe.moe_backends.registry import REGISTRY
@@ -116,6 +116,20 @@ def test_fp8_experts_need_a_tile_table_too():
     unknown = replace(EIGHT, gpus=(replace(H200, name="NVIDIA H900"),))
     (said,) = _report([], machine=unknown, facts=replace(FLASH, expert_dtype="fp8", num_moe_layers=4)).refusals
     assert "no tile table for 'NVIDIA H900'" in said
+
+
+def test_the_exchange_buffer_is_announced_for_the_chunk_that_was_given(monkeypatch):
+    from hopper_moe.kernels import mega_moe
+
+    monkeypatch.setattr(mega_moe, "workspace_bytes", lambda *, num_tokens_capacity, **_shape: num_tokens_capacity << 20)
+    exchange = ["--tp", "8", "--attn-dp-size", "8", "--chunked-prefill-size", "131072"]
+    for arguments, environ, tokens in (
+        (exchange, {}, 16384),
+        (exchange, {"HOPPER_MOE_MAX_TOKENS_PER_RANK": "20000"}, 20000),
+        (["--tp", "8", "--chunked-prefill-size", "131072"], {}, 8192),  # runs in pieces
+    ):
+        line = workspace_line(_report(arguments, environ), load(environ))
+        assert f"per rank, for {tokens} tokens a call" in line and f"{tokens / 1024:.2f} GiB" in line
 
 
 def test_a_pipeline_stage_holds_its_own_layers_only():
