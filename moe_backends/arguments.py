@@ -120,8 +120,8 @@ def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) ->
             else f"--weight-cache-mode {args.weight_cache_mode}"
         )
         raise Refusal(
-            f"{option} fills parameters without SGLang's weight loader, where {BACKEND} checks and packs each expert: drop it and "
-            "give the stock checkpoint."
+            f"{option} fills parameters without SGLang's weight loader, where {BACKEND} checks and packs each expert: drop it "
+            "and give the stock checkpoint."
         )
     if args.quantization not in (None, "fp8"):
         raise Refusal(
@@ -131,8 +131,8 @@ def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) ->
     exchange = _exchange(args, spec, attn_dp_size)
     if args.speculative_moe_a2a_backend not in (None, exchange):
         raise Refusal(
-            f"--speculative-moe-a2a-backend {args.speculative_moe_a2a_backend} would lay out the draft's rows in another way than "
-            f"{spec.name}, which runs its layers too, takes them here ({exchange}): drop --speculative-moe-a2a-backend."
+            f"--speculative-moe-a2a-backend {args.speculative_moe_a2a_backend} would lay out the draft's rows in another way "
+            f"than {spec.name}, which runs its layers too, takes them here ({exchange}): drop --speculative-moe-a2a-backend."
         )
     declared: dict[str, Any] = {"moe_a2a_backend": exchange}
     if uncapturable := _uncapturable(spec, settings):

@@ -173,7 +173,8 @@ def test_the_budget_covers_what_dynamic_chunking_may_choose(model):
     chunk before it serves."""
     from sglang.srt.arg_groups.overrides import max_prefill_buffer_tokens
 
-    argv = (*EP8, "--pp-size", "2", "--chunked-prefill-size", "8192", "--max-prefill-tokens", "1200", "--max-running-requests", "8")
+    argv = (*EP8, "--pp-size", "2", "--max-running-requests", "8")
+    argv += ("--chunked-prefill-size", "8192", "--max-prefill-tokens", "1200")
     stock.resolve(model, *argv)
     assert plan()["capacity"] == 1024
     args = stock.resolve(model, *argv, "--enable-dynamic-chunking")
