@@ -26,6 +26,7 @@ class Report:
     refusals: tuple[str, ...]
     shape: LayerShape | None = None  # one layer as one rank holds it
     exchanges: bool = False  # whether the kernel itself moves tokens between ranks
+    capacity: int = DEFAULT_CAPACITY  # tokens of one kernel call, as far as it is known before SGLang fills in its defaults
 
 
 def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Settings) -> Report:
@@ -60,7 +61,10 @@ def check(plan: LaunchPlan, facts: ModelFacts, machine: Machine, settings: Setti
         expert_bytes = expert_bytes_per_rank(largest_stage, shape.ep_size, shape.intermediate_size, shape.expert_dtype)
         lines.append(f"memory   {expert_bytes / GIB:.2f} GiB of packed expert weights per rank")
         refusals += _memory_refusals(plan, machine, expert_bytes)
-    return Report(choice, tuple(lines), tuple(refusals), shape, _exchanges(plan, choice))
+    exchanges = _exchanges(plan, choice)
+    chunk = plan.chunked_prefill_size if exchanges else None  # else a larger chunk runs in pieces
+    capacity = settings.max_tokens_per_rank or chunk or DEFAULT_CAPACITY
+    return Report(choice, tuple(lines), tuple(refusals), shape, exchanges, capacity)
 
 
 def _ranks_line(plan: LaunchPlan, shape: LayerShape) -> str:
@@ -78,7 +82,7 @@ def workspace_line(report: Report, settings: Settings) -> str | None:
         return None
     from hopper_moe.kernels.mega_moe import workspace_bytes
 
-    shape, capacity = report.shape, settings.max_tokens_per_rank or DEFAULT_CAPACITY
+    shape, capacity = report.shape, report.capacity
     num_bytes = workspace_bytes(
         num_tokens_capacity=capacity,
         hidden_size=shape.hidden_size,
@@ -145,7 +149,12 @@ def _gpu_refusals(plan: LaunchPlan, machine: Machine, choice: Choice) -> list[st
             f"{sizes} needs {plan.num_gpus} GPUs, but {len(machine.gpus)} are visible: "
             "use fewer or set CUDA_VISIBLE_DEVICES."
         ]
-    used = machine.gpus[: plan.num_gpus]
+    if max(plan.gpu_ids) >= len(machine.gpus):
+        return [
+            f"--base-gpu-id {plan.base_gpu_id} and --gpu-id-step {plan.gpu_id_step} put a rank on GPU {max(plan.gpu_ids)}, but "
+            f"{len(machine.gpus)} are visible: use fewer ranks or other numbers."
+        ]
+    used = [machine.gpus[number] for number in plan.gpu_ids]
     others = [
         f"GPU {gpu.index} ({gpu.name}, {gpu.capability[0]}.{gpu.capability[1]})" for gpu in used if gpu.capability != HOPPER
     ]
@@ -154,7 +163,8 @@ def _gpu_refusals(plan: LaunchPlan, machine: Machine, choice: Choice) -> list[st
         refusals.append(
             f"{choice.spec.name} needs Hopper GPUs only, but there is {', '.join(others)}: hide it with CUDA_VISIBLE_DEVICES."
         )
-    blocked = [(i, j) for i, j in machine.blocked_peers if max(i, j) < plan.num_gpus and i // plan.tp_size == j // plan.tp_size]
+    group_of = {number: place // plan.tp_size for place, number in enumerate(plan.gpu_ids)}
+    blocked = [(i, j) for i, j in machine.blocked_peers if i in group_of and j in group_of and group_of[i] == group_of[j]]
     if _exchanges(plan, choice) and blocked:
         pairs = ", ".join(f"{i}->{j}" for i, j in blocked)
         refusals.append(
@@ -165,7 +175,7 @@ def _gpu_refusals(plan: LaunchPlan, machine: Machine, choice: Choice) -> list[st
 
 def _tile_refusals(machine: Machine, choice: Choice) -> list[str]:
     """A Hopper GPU that the kernel has no tile table for stops at its first layer, so it stops here."""
-    if choice.spec.name != "mxfp4_mega" or not machine.gpus:
+    if choice.spec.library is None or not machine.gpus:
         return []
     try:
         table_for(machine.gpus[0].name)
@@ -185,7 +195,8 @@ def _capacity_refusals(plan: LaunchPlan, settings: Settings) -> list[str]:
 
 
 def _memory_refusals(plan: LaunchPlan, machine: Machine, expert_bytes: int) -> list[str]:
-    short = [gpu for gpu in machine.gpus[: plan.num_gpus] if expert_bytes + RESERVE_BYTES > gpu.free_bytes]
+    used = [machine.gpus[number] for number in plan.gpu_ids] if machine.gpus else []
+    short = [gpu for gpu in used if expert_bytes + RESERVE_BYTES > gpu.free_bytes]
     return [
         f"GPU {gpu.index} has {gpu.free_bytes / GIB:.1f} GiB free, but the experts alone need {expert_bytes / GIB:.1f} GiB and "
         f"{RESERVE_BYTES // GIB} GiB must stay free: use more GPUs (--tp-size, --pp-size) or end what runs there."

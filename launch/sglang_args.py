@@ -23,6 +23,8 @@ class LaunchPlan:
     dp_size: int = 1  # replicas of the whole model; attention data parallelism is none
     moe_a2a_backend: str = "none"
     chunked_prefill_size: int | None = None
+    base_gpu_id: int = 0
+    gpu_id_step: int = 1
     device: str | None = None
     host: str = "127.0.0.1"
     port: int = 30000
@@ -32,6 +34,16 @@ class LaunchPlan:
     def num_gpus(self) -> int:
         """GPUs of all replicas. SGLang numbers them group by group: `tp_size` neighbours hold one stage of one replica."""
         return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def gpu_ids(self) -> list[int]:
+        """The GPU of every rank as SGLang numbers them, `--base-gpu-id` and `--gpu-id-step` included."""
+        return [
+            self.base_gpu_id + (replica * self.pp_size * self.gpu_id_step + stage) * self.tp_size + rank * self.gpu_id_step
+            for replica in range(self.dp_size)
+            for stage in range(self.pp_size)
+            for rank in range(self.tp_size)
+        ]
 
     def on_one_process(self) -> LaunchPlan:
         """The same launch on the embedded CPU host: one rank, no prefill chunks."""
@@ -69,11 +81,14 @@ def _parser() -> _Parser:
     parser.add_argument("--dp-size", "--data-parallel-size", "--dp", type=_whole(1, 1024), default=1)
     parser.add_argument("--attn-dp-size", "--attention-data-parallel-size", type=_whole(1, 1024), default=1)
     parser.add_argument("--enable-dp-attention", action="store_true")
+    parser.add_argument("--base-gpu-id", type=_whole(0, 1024), default=0)
+    parser.add_argument("--gpu-id-step", type=_whole(1, 1024), default=1)
     parser.add_argument("--nnodes", type=_whole(1, 1024), default=1)
     parser.add_argument("--chunked-prefill-size", type=_whole(-1, 1 << 24))
     parser.add_argument("--moe-runner-backend", default=BACKEND)
     parser.add_argument("--moe-a2a-backend", default="none")
     parser.add_argument("--quantization")
+    parser.add_argument("--config")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=_whole(1, 65535), default=30000)
@@ -88,6 +103,11 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
     problems = []
     if read.model_path is not None:
         problems.append(f"--model-path {read.model_path} is given beside MODEL {model}: name the model once.")
+    if read.config is not None:
+        problems.append(
+            f"--config {read.config} holds arguments that these checks would not see: give them on the command line or use "
+            f"`sglang serve` with --moe-runner-backend {BACKEND}."
+        )
     if read.moe_runner_backend != BACKEND:
         problems.append(f"--moe-runner-backend {read.moe_runner_backend} is not this plugin: leave it out or use `sglang serve`.")
     if read.moe_a2a_backend not in ("none", "megamoe"):
@@ -124,6 +144,8 @@ def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
         dp_size=replicas,
         moe_a2a_backend=read.moe_a2a_backend,
         chunked_prefill_size=per_rank,
+        base_gpu_id=read.base_gpu_id,
+        gpu_id_step=read.gpu_id_step,
         device=read.device,
         host=read.host,
         port=read.port,

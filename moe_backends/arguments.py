@@ -46,8 +46,12 @@ UNSUPPORTED = (
     ("kt_weight_path", "--kt-weight-path", "it moves experts to the CPU"),
     ("cpu_offload_gb", "--cpu-offload-gb", "it moves packed experts to the CPU"),
     ("elastic_ep_backend", "--elastic-ep-backend", "experts must stay on the ranks that packed them"),
+    ("use_ray", "--use-ray", "which Ray's workers would not know: SGLang loads no plugins in them"),
     ("enable_w4a4_mxfp4_megamoe", "--enable-w4a4-mxfp4-megamoe", "FP4 activations need another GPU"),
 )
+
+_WHOLE_PARAMETERS = ("sharded_state", "presharded", "remote_instance")
+"""Load formats that fill a layer's parameters as they are after loading, past the loader that shows us every expert tensor."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,28 @@ def early(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) ->
             "--load-format dummy makes up FP4 scales that mean nothing: drop it and give a checkpoint, such as "
             "eval/data/gpu_dsv4 of this package."
         )
+    if args.load_format in _WHOLE_PARAMETERS or args.weight_cache_mode != "off":
+        option = (
+            f"--load-format {args.load_format}"
+            if args.load_format in _WHOLE_PARAMETERS
+            else f"--weight-cache-mode {args.weight_cache_mode}"
+        )
+        raise Refusal(
+            f"{option} fills parameters without SGLang's weight loader, where {BACKEND} checks and packs each expert: drop it "
+            "and give the stock checkpoint."
+        )
     if args.quantization not in (None, "fp8"):
         raise Refusal(
             f"--quantization {args.quantization} is not how DeepSeek-V4 FP4 experts are stored: drop it, the checkpoint says fp8."
         )
 
-    declared: dict[str, Any] = {"moe_a2a_backend": _exchange(args, spec, attn_dp_size)}
+    exchange = _exchange(args, spec, attn_dp_size)
+    if args.speculative_moe_a2a_backend not in (None, exchange):
+        raise Refusal(
+            f"--speculative-moe-a2a-backend {args.speculative_moe_a2a_backend} would lay out the draft's rows in another way "
+            f"than {spec.name}, which runs its layers too, takes them here ({exchange}): drop --speculative-moe-a2a-backend."
+        )
+    declared: dict[str, Any] = {"moe_a2a_backend": exchange}
     if uncapturable := _uncapturable(spec, settings):
         logger.warning("%s cannot be captured in a CUDA graph: graphs are off.", uncapturable)
         declared["disable_cuda_graph"] = True
@@ -150,7 +170,8 @@ class ModelFacts:
     """What the late check needs of SGLang's model config."""
 
     architecture: str
-    is_fp4_experts: bool
+    quantization: str | None  # how SGLang builds every linear and expert; None: nothing is quantized
+    is_fp4_experts: bool  # also for experts of a type that SGLang does not know, so it says nothing without the line above
     has_nvfp4_experts: bool
     hidden_size: int
     moe_intermediate_size: int
@@ -180,6 +201,12 @@ def late(args: Any, spec: KernelSpec, settings: Settings, model: ModelFacts, att
         )
     if model.has_nvfp4_experts:
         raise Refusal(f"the checkpoint's experts are NVFP4, {BACKEND} serves MXFP4 experts: use --moe-runner-backend auto.")
+    if model.quantization != "fp8":
+        # Another method than SGLang's Fp8Config never asks us for its layers: Triton would run them without a word.
+        raise Refusal(
+            f"the model's quantization is {model.quantization}, but only quant_method fp8 in its config.json makes SGLang build "
+            f"expert layers for {BACKEND}: give the stock checkpoint, or use --moe-runner-backend auto."
+        )
     if model.swiglu_limit is not None and not (math.isfinite(model.swiglu_limit) and model.swiglu_limit > 0):
         raise Refusal(f"swiglu_limit {model.swiglu_limit} in the model's config.json is no positive number: mend or remove it.")
     if model.moe_intermediate_size % (moe_tp := max(args.tp_size // args.ep_size, 1)):
@@ -221,8 +248,21 @@ def required_tokens(args: Any, attn_dp_size: int) -> int:
     requests = args.cuda_graph_config.decode.max_bs or 0
     if args.max_running_requests:
         requests = max(requests, -(-args.max_running_requests // attn_dp_size))
-    tokens = max(0 if args.disaggregation_mode == "decode" else args.chunked_prefill_size, requests * tokens_per_request)
+    tokens = max(0 if args.disaggregation_mode == "decode" else _largest_chunk(args), requests * tokens_per_request)
     return -(-tokens // align) * align
+
+
+def _has_dynamic_chunks(args: Any) -> bool:
+    return args.enable_dynamic_chunking and args.pp_size > 1
+
+
+def _largest_chunk(args: Any) -> int:
+    """Most tokens of a prefill chunk. With pipeline stages --enable-dynamic-chunking sizes it anew at every step, up to
+    --max-prefill-tokens, after it has timed chunks of 1.25 times --chunked-prefill-size."""
+    chunk = args.chunked_prefill_size
+    if not _has_dynamic_chunks(args):
+        return chunk
+    return max(chunk, math.ceil(1.25 * chunk), args.max_prefill_tokens or 0)
 
 
 def _capacity(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int) -> int:
@@ -240,7 +280,8 @@ def _capacity(args: Any, spec: KernelSpec, settings: Settings, attn_dp_size: int
         raise Refusal(
             f"{_origin(settings)}={asked} is below the {needed} tokens that a rank may bring (chunked prefill "
             f"{args.chunked_prefill_size} per "
-            f"rank, or running requests x draft tokens): raise it to {needed} or lower --chunked-prefill-size."
+            f"rank, or running requests x draft tokens): raise it to {needed} or lower --chunked-prefill-size"
+            f"{' or --max-prefill-tokens, up to which chunks are sized dynamically' if _has_dynamic_chunks(args) else ''}."
         )
     return asked or needed
 

@@ -74,6 +74,7 @@ def model_facts(server_args: Any) -> ModelFacts:
     hf = config.hf_config
     return ModelFacts(
         architecture=hf.architectures[0],
+        quantization=config.quantization,
         is_fp4_experts=bool(config.is_fp4_experts),
         has_nvfp4_experts=config.nvfp4_moe_meta is not None,
         hidden_size=hf.hidden_size,

@@ -24,6 +24,7 @@ from hopper_moe.moe_backends.env_table import (
     LEGACY_ALWAYS_ON,
     LEGACY_SWITCHES,
     PREFIX,
+    STOCK_CAPACITY,
     VARIABLES,
     Variable,
     parse_bool,
@@ -34,6 +35,9 @@ logger = logging.getLogger("hopper_moe")
 
 DEFAULT = "default"
 ENV = "environment"
+
+CAPACITY_NOTE = "_HOPPER_MOE_CAPACITY"
+"""The value of STOCK_CAPACITY that a launch of ours has set for SGLang: to a later launch it is nobody's wish."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Settings:
 def load(environ: Mapping[str, str]) -> Settings:
     """Read and check every variable in `environ`. Raises `Refusal` on anything unknown, malformed or contradictory."""
     _refuse_unknown_names(environ)
+    if CAPACITY_NOTE in environ and environ[CAPACITY_NOTE] == environ.get(STOCK_CAPACITY):
+        environ = {name: value for name, value in environ.items() if name != STOCK_CAPACITY}
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     translations: list[str] = []

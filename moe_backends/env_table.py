@@ -16,6 +16,7 @@ AUTO = "auto"
 KERNELS = ("mxfp4_mega", "fp8_mega", "w4a16", "reference")  # best first: the order in which `auto` tries them
 
 MAX_CAPACITY = 1 << 18
+STOCK_CAPACITY = "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK"
 MAX_TIMEOUT_S = 3600
 DEFAULT_TIMEOUT_S = 300  # a peer may still be compiling or capturing graphs
 
@@ -100,7 +101,7 @@ VARIABLES: tuple[Variable, ...] = (
         "tokens a rank may bring to one layer call; sizes the exchange buffer; unset: from SGLang's own arguments",
         _int_in(1, MAX_CAPACITY, "tokens"),
         lambda: None,
-        "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK",
+        STOCK_CAPACITY,
     ),
     Variable(
         "fp8_combine",

@@ -18,8 +18,8 @@ from typing import Any
 
 from hopper_moe.moe_backends import arguments, compat, seams
 from hopper_moe.moe_backends.arguments import BACKEND, ModelFacts, ServingPlan
-from hopper_moe.moe_backends.env import settings
-from hopper_moe.moe_backends.env_table import AUTO, MAX_CAPACITY
+from hopper_moe.moe_backends.env import CAPACITY_NOTE, settings
+from hopper_moe.moe_backends.env_table import AUTO, MAX_CAPACITY, STOCK_CAPACITY
 from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import REGISTRY, KernelSpec, choose
 
@@ -27,8 +27,6 @@ logger = logging.getLogger("hopper_moe")
 
 MARK = "_hopper_moe_layer"
 """Attribute of the layers that our quant method has packed."""
-
-STOCK_CAPACITY = "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK"
 
 FP8_METHOD = "sglang.srt.layers.quantization.fp8.Fp8Config.get_quant_method"
 POST_INIT = "sglang.srt.server_args.ServerArgs.__post_init__"
@@ -93,8 +91,15 @@ def after_resolution(server_args: Any) -> None:
     plan.publish(os.environ)
     if plan.exchange == "megamoe":
         # SGLang compares batches with its own variable and, above it, leaves the fused path without a word.
-        os.environ[STOCK_CAPACITY] = str(plan.capacity)
+        _set_stock_capacity(plan.capacity)
     logger.info("serving with %s", plan)
+
+
+def _set_stock_capacity(tokens: int) -> None:
+    """For SGLang in this process and its workers. What the user gave by that very name stays the user's: it is the same value."""
+    os.environ[STOCK_CAPACITY] = str(tokens)
+    if settings().sources["max_tokens_per_rank"] != STOCK_CAPACITY:
+        os.environ[CAPACITY_NOTE] = str(tokens)
 
 
 def _is_applied(target: str) -> bool:
@@ -121,7 +126,7 @@ def resolve_legacy(original: Callable[[Any], None], server_args: Any) -> None:
         compat.declare(server_args, moe_runner_backend="auto", speculative_moe_runner_backend=None)
         if server_args.moe_a2a_backend == "megamoe":
             # Its default of 1024 is refused in the middle of the resolution; `after_resolution` sets what this launch needs.
-            os.environ.setdefault(STOCK_CAPACITY, str(settings().max_tokens_per_rank or MAX_CAPACITY))
+            _set_stock_capacity(settings().max_tokens_per_rank or MAX_CAPACITY)
     original(server_args)
     if asked and server_args.model_path.lower() not in ("none", "dummy"):
         after_resolution(server_args)

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
 from hopper_moe.kernels.reference_weights import Fp8BlockExperts, Mxfp4Experts
@@ -118,8 +119,14 @@ class HopperMoEMethod(FusedMoEMethodBase):
         if getattr(layer, MARK, False):
             return
         self._ledger.require_complete()
-        sample = self._sample(layer)
-        self._runner, experts = self._store(layer)
+        packed = self._can_be_packed(layer)
+        kernel = self._kernel.name if packed else "reference"
+        sample = self._sample(layer, kernel)
+        self._runner = create_runner(kernel)
+        if packed:
+            experts = pack_layer(layer, self._runner.experts_type)
+        else:
+            experts = Mxfp4Experts(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
         self._ledger.close()
         refuse_reload(layer, self._prefix)
         self._runner.prepare(experts, self._shard)
@@ -129,46 +136,59 @@ class HopperMoEMethod(FusedMoEMethodBase):
         READY.add(layer.parameters())
         if sample is not None:
             started = time.monotonic()
-            error = self_check.require_agreement(self._prefix, self._kernel.name, self._runner, sample, self._group(layer))
+            error = self_check.require_agreement(self._prefix, kernel, self._runner, sample, self._group(layer))
             READY.checked(error, sample.seconds + time.monotonic() - started)
 
-    def _sample(self, layer: torch.nn.Module) -> self_check.Sample | None:
-        """What this layer must give, from the tensors as they were loaded; None: a layer of its kind was checked before."""
-        if not settings().self_check or not self_check.is_first(self._kernel.name, self._shard):
+    def _sample(self, layer: torch.nn.Module, kernel: str) -> self_check.Sample | None:
+        """What this layer must give, from the tensors as they were loaded; None: a layer of its kind was checked before, on
+        `kernel`."""
+        if not settings().self_check or not self_check.is_first(kernel, self._shard):
             return None
         # FP4 experts may be expanded for an FP8 kernel.
         stored = Mxfp4Experts if layer.w13_weight.dtype is torch.int8 else Fp8BlockExperts
         checkpoint = stored(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
-        return self_check.expect(self._kernel.name, checkpoint, self._shard, layer.w13_weight.device, self._group(layer))
+        return self_check.expect(kernel, checkpoint, self._shard, layer.w13_weight.device, self._group(layer))
 
     def _group(self, layer: torch.nn.Module) -> Any:
         """The ranks that exchange tokens inside the kernel; None: SGLang moves them."""
         return compat.ep_process_group() if self._plan.exchange == "megamoe" and layer.moe_ep_size > 1 else None
 
-    def _store(self, layer: torch.nn.Module) -> tuple[Any, Any]:
-        """(runner, experts): in the kernel's format, or as the checkpoint has them where that would round."""
-        runner = create_runner(self._kernel.name)
-        if runner.experts_type.holds_every_row:
-            return runner, pack_layer(layer, runner.experts_type)
+    def _can_be_packed(self, layer: torch.nn.Module) -> bool:
+        """Whether the kernel's format holds this layer as it is; False: it runs on the reference, on every rank of its group.
+
+        Raises `Refusal` where it would be rounded and HOPPER_MOE_INEXACT_ROWS does not allow the reference.
+        """
+        if create_runner(self._kernel.name).experts_type.holds_every_row:
+            return True
         report = check_exact(layer.w13_weight_scale_inv.data, layer.w2_weight_scale_inv.data)
-        if report.is_exact:
-            return runner, pack_layer(layer, runner.experts_type)
-        rule = settings().inexact_rows
-        if self._kernel.name != "reference" and rule == "refuse":
+        if report.has_nan or (self._kernel.name != "reference" and settings().inexact_rows == "refuse"):
             report.require_exact(self._prefix)
+        num_inexact, num_rows = self._sum_over_group(layer, report.num_inexact_rows, report.num_rows)
+        if not num_inexact:
+            return True
         if compat.has_redundant_experts():
             raise Refusal(
-                f"{self._prefix}: {report.num_inexact_rows} rows cannot be packed, so this layer's tensors differ from the "
+                f"{self._prefix}: {num_inexact} rows cannot be packed, so this layer's tensors differ from the "
                 "others', which "
                 "--enable-eplb and --ep-num-redundant-experts cannot move: drop them."
             )
         logger.warning(
             "%s: %d of %d rows cannot be packed exactly, so the whole layer runs on the exact reference (slow)",
             self._prefix,
-            report.num_inexact_rows,
-            report.num_rows,
+            num_inexact,
+            num_rows,
         )
-        return create_runner("reference"), Mxfp4Experts(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
+        return False
+
+    def _sum_over_group(self, layer: torch.nn.Module, *counts: int) -> list[int]:
+        """Each count over the ranks that exchange tokens inside the kernel. They have to decide alike: a rank on the reference
+        and one on the fused kernel would wait for each other until the timeout."""
+        group = self._group(layer)
+        if group is None:
+            return list(counts)
+        sums = torch.tensor(counts, dtype=torch.int64, device=layer.w13_weight.device)
+        dist.all_reduce(sums, group=group)
+        return sums.tolist()
 
     # ---- forward
 

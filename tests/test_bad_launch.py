@@ -123,6 +123,7 @@ ON_EIGHT_H200 = {
     "fused shared experts": ({}, ["--enforce-shared-experts-fusion"], "--enforce-shared-experts-fusion"),
     "LoRA adapters": ({}, ["--lora-paths", "a=/x", "b=/y"], "--lora-paths"),
     "chunk of nothing": ({}, ["--chunked-prefill-size", "0"], "--chunked-prefill-size 0 means nothing"),
+    "arguments in a file": ({}, ["--config", "server.yaml"], "--config server.yaml holds arguments that these checks would not"),
     "model twice": ({}, ["--model-path", "/other"], "name the model once"),
     "port too large": ({}, ["--port", "70000"], "'70000' is not a whole number in 1..65535"),
     "host not ours": ({}, ["--host", "192.0.2.1"], "cannot be used"),

@@ -21,7 +21,7 @@ from hopper_moe.launch import machine as machines
 from hopper_moe.launch.cli import COMMANDS, main
 from hopper_moe.launch.machine import GIB, Gpu, Machine
 from hopper_moe.launch.model_facts import ModelFacts, read_model
-from hopper_moe.launch.preflight import check, expert_bytes_per_rank
+from hopper_moe.launch.preflight import check, expert_bytes_per_rank, workspace_line
 from hopper_moe.moe_backends import env
 from hopper_moe.moe_backends.env import load
 from hopper_moe.moe_backends.registry import REGISTRY
@@ -94,6 +94,43 @@ def test_stages_and_replicas_take_gpus_of_their_own(arguments, sizes):
 def test_attention_data_parallelism_takes_no_gpus(arguments):
     four = replace(EIGHT, gpus=EIGHT.gpus[:4])
     assert _report(["--tp", "4", *arguments], machine=four).refusals == ()
+
+
+def test_the_gpus_that_sglang_will_use_are_the_ones_that_are_checked():
+    """Two servers on one host: the first four GPUs belong to another one."""
+    half = replace(EIGHT, gpus=tuple(replace(gpu, free_bytes=(5 if gpu.index < 4 else 139) * GIB) for gpu in EIGHT.gpus))
+    four = ["--tp", "4", "--ep", "4"]
+    assert len(_report(four, machine=half).refusals) == 4
+    assert _report([*four, "--base-gpu-id", "4"], machine=half).refusals == ()
+    every_other = _report([*four, "--gpu-id-step", "2"], machine=half).refusals
+    assert [said.split(" has ")[0] for said in every_other] == ["GPU 0", "GPU 2"]
+    (said,) = _report([*four, "--base-gpu-id", "6"]).refusals
+    assert "--base-gpu-id 6 and --gpu-id-step 1 put a rank on GPU 9, but 8 are visible" in said
+    far = replace(EIGHT, blocked_peers=((0, 4), (4, 7)))
+    assert _report(["--tp", "4", "--attn-dp-size", "4"], machine=far).refusals == ()
+    (said,) = _report(["--tp", "4", "--attn-dp-size", "4", "--base-gpu-id", "4"], machine=far).refusals
+    assert "GPUs 4->7 cannot" in said
+
+
+def test_fp8_experts_need_a_tile_table_too():
+    """The same fused kernel: without one it would stop at its first layer, after the weights were loaded."""
+    unknown = replace(EIGHT, gpus=(replace(H200, name="NVIDIA H900"),))
+    (said,) = _report([], machine=unknown, facts=replace(FLASH, expert_dtype="fp8", num_moe_layers=4)).refusals
+    assert "no tile table for 'NVIDIA H900'" in said
+
+
+def test_the_exchange_buffer_is_announced_for_the_chunk_that_was_given(monkeypatch):
+    from hopper_moe.kernels import mega_moe
+
+    monkeypatch.setattr(mega_moe, "workspace_bytes", lambda *, num_tokens_capacity, **_shape: num_tokens_capacity << 20)
+    exchange = ["--tp", "8", "--attn-dp-size", "8", "--chunked-prefill-size", "131072"]
+    for arguments, environ, tokens in (
+        (exchange, {}, 16384),
+        (exchange, {"HOPPER_MOE_MAX_TOKENS_PER_RANK": "20000"}, 20000),
+        (["--tp", "8", "--chunked-prefill-size", "131072"], {}, 8192),  # runs in pieces
+    ):
+        line = workspace_line(_report(arguments, environ), load(environ))
+        assert f"per rank, for {tokens} tokens a call" in line and f"{tokens / 1024:.2f} GiB" in line
 
 
 def test_a_pipeline_stage_holds_its_own_layers_only():

@@ -320,6 +320,39 @@ def test_inexact_rows_run_on_the_reference_if_asked(model, checkpoint, environ, 
     assert stock.relative_error(got, stock.expected(bad, x, ids, weights)) < stock.ROUNDING
 
 
+def test_ranks_that_exchange_tokens_run_an_inexact_layer_alike(model, checkpoint, tmp_path):
+    """Expert 3 is rank 0's. Its reference would wait for the others' collectives, their fused kernels for rank 0."""
+    from hopper_moe.quantization import sglang_method
+
+    os.environ.update(HOPPER_MOE_KERNEL="mxfp4_mega", HOPPER_MOE_INEXACT_ROWS="reference", HOPPER_MOE_SELF_CHECK="0")
+    bad = wide(checkpoint)
+
+    def work(rank: int) -> tuple[str, list[str]]:
+        said = []
+        sglang_method.logger.warning = lambda line, *values: said.append(line % values)
+        layer = stock.fused_moe()
+        stock.load(layer, bad.tensors)
+        layer.quant_method.process_weights_after_loading(layer)
+        return type(layer.quant_method._runner).__name__, said
+
+    args = stock.resolve(model, "--tp-size", "4", "--attn-dp-size", "4")
+    for runner, said in stock.in_ranks(work, args, 4, tmp_path):
+        assert runner == "ReferenceRunner" and "2 of 14336 rows cannot be packed exactly" in said[0]
+
+
+def test_an_inexact_layer_does_not_stand_for_the_fused_kernel_in_the_self_check(model, checkpoint):
+    """It runs on the reference, so the kernel that runs all other layers has still to be checked."""
+    from hopper_moe.moe_backends import self_check
+
+    os.environ.update(HOPPER_MOE_KERNEL="mxfp4_mega", HOPPER_MOE_INEXACT_ROWS="reference")
+    self_check._seen.cache_clear()
+    stock.publish(stock.resolve(model))
+    layer = stock.fused_moe()
+    stock.load(layer, wide(checkpoint).tensors)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert {kernel for kernel, _ in self_check._seen()} == {"reference"}
+
+
 def test_inexact_rows_cannot_be_moved_by_eplb(model, checkpoint):
     stock.publish(stock.resolve(model, "--tp-size", "8", "--ep-size", "8", "--ep-num-redundant-experts", "8"), 1)
     layer = stock.fused_moe(num_experts=EXPERTS + 8)

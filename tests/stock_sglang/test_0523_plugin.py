@@ -153,6 +153,39 @@ def test_the_budget_is_not_divided_twice(model):
     assert os.environ["SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK"] == "16384", "SGLang compares batches with this one"
 
 
+def test_what_one_launch_sets_for_sglang_binds_no_later_one(model):
+    """A program that ran sglang.Engine hands its environment on to every server that it starts afterwards."""
+    stock.resolve(model, *EP8, "--chunked-prefill-size", "8192")
+    assert plan()["capacity"] == 1024
+    stock.resolve(model, *EP8, "--chunked-prefill-size", "16384")
+    assert plan()["capacity"] == 2048
+    os.environ["HOPPER_MOE_MAX_TOKENS_PER_RANK"] = "4096"
+    stock.resolve(model, *EP8, "--chunked-prefill-size", "16384")
+    assert plan()["capacity"] == 4096
+    del os.environ["HOPPER_MOE_MAX_TOKENS_PER_RANK"]
+    os.environ["SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK"] = "1024"  # now the user says so
+    with pytest.raises(Refusal, match="NUM_MAX_TOKENS_PER_RANK=1024 is below the 2048 tokens"):
+        stock.resolve(model, *EP8, "--chunked-prefill-size", "16384")
+
+
+def test_the_budget_covers_what_dynamic_chunking_may_choose(model):
+    """SGLang's chunk sizer is bounded by --max-prefill-tokens alone, which is no divided quantity, and probes at 1.25 times the
+    chunk before it serves."""
+    from sglang.srt.arg_groups.overrides import max_prefill_buffer_tokens
+
+    argv = (*EP8, "--pp-size", "2", "--max-running-requests", "8")
+    argv += ("--chunked-prefill-size", "8192", "--max-prefill-tokens", "1200")
+    stock.resolve(model, *argv)
+    assert plan()["capacity"] == 1024
+    args = stock.resolve(model, *argv, "--enable-dynamic-chunking")
+    assert plan()["capacity"] == max_prefill_buffer_tokens(args) == 1280
+    stock.resolve(model, *argv, "--enable-dynamic-chunking", "--max-prefill-tokens", "16384")
+    assert plan()["capacity"] == 16384
+    os.environ["HOPPER_MOE_MAX_TOKENS_PER_RANK"] = "1024"
+    with pytest.raises(Refusal, match="=1024 is below the 1280 tokens .*lower --chunked-prefill-size or --max-prefill-tokens"):
+        stock.resolve(model, *argv, "--enable-dynamic-chunking")
+
+
 def test_other_launches_are_left_alone(model):
     args = stock.resolve(model, backend="auto")
     assert resolved(args).moe_runner_backend == "flashinfer_mxfp4" and "_HOPPER_MOE_PLAN" not in os.environ
@@ -163,6 +196,8 @@ def test_other_launches_are_left_alone(model):
 # ---- refusals
 
 EP8 = ("--tp-size", "8", "--attn-dp-size", "8")
+MTP = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3")
+MTP += ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
 
 
 @pytest.mark.parametrize(
@@ -179,9 +214,17 @@ EP8 = ("--tp-size", "8", "--attn-dp-size", "8")
         (("--offload-group-size", "4"), "--offload-group-size 4 copies or moves"),
         (("--elastic-ep-backend", "mooncake"), "--elastic-ep-backend .* packed"),
         (("--load-format", "dummy"), "--load-format dummy"),
+        (("--load-format", "sharded_state"), "--load-format sharded_state fills parameters without SGLang's weight loader"),
+        (("--load-format", "presharded"), "--load-format presharded fills"),
+        (("--load-format", "remote_instance"), "--load-format remote_instance fills"),
+        (("--weight-cache-mode", "daemon"), "--weight-cache-mode daemon fills"),
+        (("--use-ray",), "--use-ray .* loads no plugins"),
         (("--quantization", "modelopt_fp4"), "--quantization modelopt_fp4 is not how"),
         (("--tp-size", "8", "--ep-size", "8", "--moe-a2a-backend", "deepep"), "--moe-a2a-backend deepep moves tokens before"),
         (("--speculative-moe-runner-backend", "triton"), "--speculative-moe-runner-backend triton beside"),
+        ((*EP8, *MTP, "--speculative-moe-a2a-backend", "none"), "--speculative-moe-a2a-backend none .* drop"),
+        ((*EP8, *MTP, "--speculative-moe-a2a-backend", "deepep"), "--speculative-moe-a2a-backend deepep .* drop"),
+        ((*MTP, "--speculative-moe-a2a-backend", "megamoe"), "--speculative-moe-a2a-backend megamoe .* drop"),
         ((*EP8, "--chunked-prefill-size", "-1"), "--chunked-prefill-size -1 leaves the tokens per rank unbounded"),
         (("--cuda-graph-backend-decode", "full"), "--cuda-graph-backend-decode full was given"),
         (("--tp-size", "4"), "intermediate_size 64 is not a positive multiple of 128"),
@@ -191,6 +234,13 @@ EP8 = ("--tp-size", "8", "--attn-dp-size", "8")
 def test_arguments_that_are_refused(model, argv, sentence):
     with pytest.raises(Refusal, match=sentence):
         stock.resolve(model, *argv)
+
+
+@pytest.mark.parametrize(("argv", "exchange"), [(EP8, "megamoe"), ((), "none")], ids=["megamoe", "none"])
+def test_the_draft_takes_its_rows_as_the_target_does(model, argv, exchange):
+    for spelled in ((), ("--speculative-moe-a2a-backend", exchange)):
+        stock.resolve(model, *argv, *MTP, *spelled)
+        assert plan()["exchange"] == exchange
 
 
 def test_only_the_draft_on_this_backend_is_refused(model):
@@ -224,6 +274,9 @@ def test_environments_that_are_refused(model, environ, argv, sentence):
         stock.resolve(model, *argv)
 
 
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}, "ignore": ["lm_head"]}
+
+
 @pytest.mark.parametrize(
     ("dtype", "changes", "sentence"),
     [
@@ -237,8 +290,14 @@ def test_environments_that_are_refused(model, environ, argv, sentence):
         ("I8", {"moe_intermediate_size": 192}, "intermediate_size 192 is not a positive multiple of 128"),
         ("I8", {"num_experts_per_tok": 17, "n_routed_experts": 32}, "top_k 17 is outside 1..16"),
         ("I8", {"swiglu_limit": -1.0}, "swiglu_limit -1.0 .* no positive number"),
+        ("BF16", {"quantization_config": None}, "quantization is None, but only quant_method fp8"),
+        ("I8", {"quantization_config": None}, "quantization is None, but only quant_method fp8"),
+        ("BF16", {"quantization_config": COMPRESSED}, "quantization is compressed-tensors, but only quant_method fp8"),
     ],
-    ids=["FP8 experts", "Llama", "hidden size", "intermediate size", "top-k", "clamp"],
+    ids=[
+        "FP8 experts", "Llama", "hidden size", "intermediate size", "top-k", "clamp", "BF16 repack", "no quantization",
+        "compressed-tensors",
+    ],
 )
 def test_models_that_are_refused(tmp_path, dtype, changes, sentence):
     with pytest.raises(Refusal, match=sentence):
