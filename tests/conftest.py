@@ -20,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--replays", type=int, default=300, help="CUDA-graph replays of the fused kernel's test (the bar: 10000)")
+    parser.addoption("--scenarios", type=int, help="scenarios of every number of emulated GPUs (30 are all)")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -1,5 +1,5 @@
-"""The fused layer on emulated GPUs: the CUDA sources, compiled by the host's C++ compiler against `tests/emulator`, on one rank or
-on several that exchange tokens.
+"""The fused layer on emulated GPUs: the CUDA sources, compiled by the host's C++ compiler against `tests/emulator`, on one rank
+or on several that exchange tokens.
 
 The emulator replaces what is below `csrc/ptx/` (one instruction per function) and the CUDA runtime; everything else is what nvcc
 compiles. `emulator/machine.hpp` says what it can show and what not.
@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +107,16 @@ class Gpus:
         return "(" + " < ".join(Path(line.split()[0]).name for line in said[:4] if line) + ")"
 
 
+def compiled_on_first_use(make_folder: Callable[[str], Path], **options) -> Callable[..., Gpus]:
+    """A function from the type of weights (default: FP4) to emulated GPUs. `options`: as of `compile_emulated`."""
+
+    @functools.cache
+    def get(weights: type = PackedExperts) -> Gpus:
+        return Gpus(compile_emulated(weights.library, make_folder("emulated"), **options))
+
+    return get
+
+
 @dataclass
 class Rank:
     """What one rank has for itself. Named as in `MegaMoE`, so that `mega_moe_rig` can read its workspace."""
@@ -177,9 +187,7 @@ class EmulatedLayer:
             mega_moe._Shape(*sizes, rank * num_local, num_ranks, rank, capacity, rows, fp8_combine, fp4_dispatch).integers()
             for rank in range(num_ranks)
         ]
-        offsets = dict(
-            zip(mega_moe._WORKSPACE_FIELDS, map(int, gpus.functions["workspace_layout"](integers[0])), strict=True)
-        )
+        offsets = dict(zip(mega_moe._WORKSPACE_FIELDS, map(int, gpus.functions["workspace_layout"](integers[0])), strict=True))
         self.memory = torch.empty(num_ranks, offsets["num_bytes"] + GUARD_BYTES, dtype=torch.uint8)
         self.ranks = [
             Rank(

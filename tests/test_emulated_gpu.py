@@ -1,8 +1,8 @@
 """The CUDA sources on emulated GPUs: the arithmetic of one rank, the bits of 2, 4 and 8, and a rank that does not come. Needs no
 GPU.
 
-What needs the real one: its tensor cores' rounding, fences and scopes, time. `test_mega_moe_gpu.py`, `test_mega_moe_bits_gpu.py`
-and `test_mega_moe_ranks_gpu.py` ask the same questions there.
+What needs the real one: its tensor cores' rounding, its time, and whatever the emulator takes for granted.
+`test_mega_moe_gpu.py`, `test_mega_moe_bits_gpu.py` and `test_mega_moe_ranks_gpu.py` ask the same questions there.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from emulated_layer import (
     OPTIONS,
     SPREAD,
     EmulatedLayer,
-    Gpus,
     SpreadLayer,
     bits_of,
-    compile_emulated,
+    compiled_on_first_use,
     draw_batch,
     joined,
 )
-from layer_compare import assert_layers_agree
+from layer_compare import assert_layers_agree, relative_l2
 from mega_moe_ranks import SCENARIOS, tokens_of
 from mega_moe_rig import FACTOR, PAIRS, RANDOM_EXPERTS, read_dispatched, read_hidden, read_slots
 
@@ -35,10 +34,11 @@ from hopper_moe.kernels.tile_table import TILES, forced_tile
 from hopper_moe.quantization.packing import PackedExperts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
-# Products are exact and sums FP32, so only values of h within 1e-6 of a rounding border may differ: one such is up to 1 % of a
-# token. With FP8 combine a slot at a border moves by a step of E4M3.
-MAX_RELATIVE_L2, MAX_WITH_FP8_COMBINE = 2.5e-3, 3e-2
-MIN_EQUAL_BYTES = 0.9995
+# Products are exact and sums FP32, so only values of h within 1e-6 of a rounding border may differ, one in a million or so: each
+# moves its token by up to 1 %. With FP8 combine a slot at a border moves by a step of E4M3.
+MAX_RELATIVE_L2, MAX_WITH_FP8_COMBINE = 1.5e-2, 3e-2
+MANY, MAX_OF_MANY = 64, 2.5e-3  # tokens, over which it evens out
+MAX_OTHER_BYTES = 3, 2e-4  # of h: so many, and this share
 
 SHAPES = {
     "odd": ModelShape(640, 384, 7, 3, 7, 2.0),  # five blocks of k, three of h, two column groups
@@ -54,21 +54,15 @@ CASES += [
     for tokens in (5, 150)
     for option in ("bf16", "fp8_weights", "pairs")
 ]
-# Number of ranks -> scenarios that a run draws of those that the GPU test goes through: 64 SMs of 384 threads take their time.
-NUM_SCENARIOS = {2: 8, 4: 4, 8: 2}
+# Number of ranks -> scenarios that a run draws of those that the GPU test goes through (--scenarios: so many): 64 SMs of 384
+# threads take their time.
+NUM_SCENARIOS = {2: 5, 4: 2, 8: 1}
+SPREADS = [(num_ranks, option) for num_ranks in (2, 4) for option in OPTIONS] + [(8, name) for name in ("bf16", "waves", "pairs")]
 
 
 @pytest.fixture(scope="module")
 def gpus(tmp_path_factory):
-    """Type of weights -> emulated GPUs, compiled on first use."""
-    made: dict[str, Gpus] = {}
-
-    def get(weights: type = PackedExperts) -> Gpus:
-        if weights.library not in made:
-            made[weights.library] = Gpus(compile_emulated(weights.library, tmp_path_factory.mktemp("emulated")))
-        return made[weights.library]
-
-    return get
+    return compiled_on_first_use(tmp_path_factory.mktemp)
 
 
 @pytest.fixture
@@ -95,13 +89,15 @@ def test_layer(gpus, generator, seed, name, num_tokens, routing, option):
     )  # fmt: skip
     bound = MAX_WITH_FP8_COMBINE if option == "fp8_combine" else MAX_RELATIVE_L2
     assert_layers_agree(y, want, bound, 1 - bound**2)
+    if num_tokens >= MANY and option != "fp8_combine":
+        assert relative_l2(y, want) <= MAX_OF_MANY
     if num_tokens > 4:
         assert not y[2].any(), "a token without a valid slot is not zero"
     if num_tokens and option in ("bf16", "pairs", "fp8_weights"):
         tokens = read_dispatched(rank, num_tokens)
         (h,) = expert_hidden([tokens], [experts], num_experts=shape.num_experts, swiglu_limit=shape.swiglu_limit)
-        equal = read_hidden(rank, batch.topk_ids).hq.view(torch.uint8) == h.hq.view(torch.uint8)
-        assert equal.double().mean() >= MIN_EQUAL_BYTES
+        others = read_hidden(rank, batch.topk_ids).hq.view(torch.uint8) != h.hq.view(torch.uint8)
+        assert others.sum() <= MAX_OTHER_BYTES[0] + MAX_OTHER_BYTES[1] * others.numel()
         assert torch.equal(y, combine_slots(read_slots(rank, batch.topk_ids), batch.topk_ids))
 
 
@@ -121,15 +117,14 @@ def test_bits_do_not_depend_on_tiles_waves_or_the_batch(gpus, generator, seed, w
         assert torch.equal(run(batch.rows(rows)), want[rows]), f"rows {rows} alone have other bits"
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("num_ranks", NUM_SCENARIOS)
-def test_bits_of_one_rank(gpus, generator, seed, num_ranks, option):
+@pytest.mark.parametrize("num_ranks, option", SPREADS)
+def test_bits_of_one_rank(gpus, generator, seed, pytestconfig, num_ranks, option):
     """Whatever the routing, whoever has how many tokens, in any order of events; and the experts' load is what the ids say."""
     draw, options = random.Random(seed), dict(OPTIONS[option])
     experts = random_experts(SPREAD, options, generator)
     layer = SpreadLayer.make(gpus(type(experts)), experts, num_ranks, **options)
     load = torch.zeros(SPREAD.num_experts, dtype=torch.int64)
-    for case, routing in draw.sample(SCENARIOS, NUM_SCENARIOS[num_ranks]):
+    for case, routing in draw.sample(SCENARIOS, pytestconfig.getoption("scenarios") or NUM_SCENARIOS[num_ranks]):
         sizes = [tokens_of(case, rank, num_ranks, CAPACITY, draw) for rank in range(num_ranks)]
         batches = [draw_batch(SPREAD, size, routing, generator, num_ranks) for size in sizes]
         got = layer.spread.run(batches, draw.randrange(2**31))
@@ -139,7 +134,7 @@ def test_bits_of_one_rank(gpus, generator, seed, num_ranks, option):
     assert torch.equal(torch.cat([rank.expert_load() for rank in layer.spread.ranks]), load)
 
 
-@pytest.mark.parametrize("num_ranks, num_calls", [(2, 24), (4, 12)])
+@pytest.mark.parametrize("num_ranks, num_calls", [(2, 12), (4, 6)])
 def test_ranks_that_run_ahead_and_late(gpus, generator, seed, num_ranks, num_calls):
     """Calls queued without looking, as graph replays are: the number of tokens changes, and whoever is ready goes on."""
     draw = random.Random(seed)
@@ -148,7 +143,13 @@ def test_ranks_that_run_ahead_and_late(gpus, generator, seed, num_ranks, num_cal
     calls = []
     for _ in range(num_calls):
         batches = [
-            draw_batch(SPREAD, draw.choice((0, 1, draw.randint(2, 40))), draw.choice(("uniform", "zipf", "to_rank_0")), generator, num_ranks)
+            draw_batch(
+                SPREAD,
+                draw.choice((0, 1, draw.randint(2, 40))),
+                draw.choice(("uniform", "zipf", "to_rank_0")),
+                generator,
+                num_ranks,
+            )
             for _ in range(num_ranks)
         ]
         for rank in range(num_ranks):
@@ -165,7 +166,9 @@ def test_a_rank_that_never_comes_is_named(gpus, generator, seed):
         layer.enqueue(rank, draw_batch(SPREAD, 5, "uniform", generator), layer=7)
     gpus().run(seed)
     for rank in (0, 1, 3):
-        with pytest.raises(PeerTimeout, match=rf"rank {rank} waited 0.001 s for rank 2 in layer 7 \(launch 1\): its token counts"):
+        with pytest.raises(
+            PeerTimeout, match=rf"rank {rank} waited 0.001 s for rank 2 in layer 7 \(launch 1\): its token counts"
+        ):
             layer.ranks[rank].failure.check()
     assert layer.ranks[2].failure.message() is None
 

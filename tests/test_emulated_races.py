@@ -10,7 +10,7 @@ import random
 
 import pytest
 import torch
-from emulated_layer import OPTIONS, SPREAD, EmulatedLayer, Gpus, compile_emulated, draw_batch
+from emulated_layer import OPTIONS, SPREAD, EmulatedLayer, compiled_on_first_use, draw_batch
 from mega_moe_rig import RANDOM_EXPERTS
 
 from hopper_moe.quantization.packing import PackedExperts
@@ -21,15 +21,7 @@ CASES += [(option, 2, 40) for option in OPTIONS]
 
 @pytest.fixture(scope="module")
 def gpus(tmp_path_factory):
-    """Type of weights -> emulated GPUs that can look for races, compiled on first use."""
-    made: dict[str, Gpus] = {}
-
-    def get(weights: type = PackedExperts) -> Gpus:
-        if weights.library not in made:
-            made[weights.library] = Gpus(compile_emulated(weights.library, tmp_path_factory.mktemp("emulated"), races=True))
-        return made[weights.library]
-
-    return get
+    return compiled_on_first_use(tmp_path_factory.mktemp, races=True)
 
 
 @pytest.mark.parametrize("option, num_ranks, num_tokens", CASES)

@@ -47,18 +47,23 @@ MISTAKES = {
     "a stage is given back before its products are done": Mistake(
         "mainloop_fp4.cuh", "        ptx::wgmma_wait<1>();\n        this->release(before);", "        this->release(before);"
     ),
-    "counters of the last launch are left": Mistake(
-        "mega_moe.cuh", "  clear(p.ws.x_ready, p.shape.max_blocks());\n", ""
-    ),
+    "counters of the last launch are left": Mistake("mega_moe.cuh", "  clear(p.ws.x_ready, p.shape.max_blocks());\n", ""),
     "products wait for a row that there is not": Mistake(
-        "pipeline.cuh", "task.is_l1 ? task.block.num_rows :", "task.is_l1 ? task.block.num_rows + 1 :", "^no end .* in wait_at_least"
+        "pipeline.cuh",
+        "task.is_l1 ? task.block.num_rows :",
+        "task.is_l1 ? task.block.num_rows + 1 :",
+        "^no end .* in wait_at_least",
     ),
-    "another GPU's flag is acquired for this GPU only": race("peers.cuh", "ptx::load_acquire_system(flag)", "ptx::load_acquire_gpu(flag)"),
+    "another GPU's flag is acquired for this GPU only": race(
+        "peers.cuh", "ptx::load_acquire_system(flag)", "ptx::load_acquire_gpu(flag)"
+    ),
     "a tile goes to the copy engine without a proxy fence": race(
         "epilogue.cuh", "    ptx::fence_async_shared();   // what math stored, and this lane has acquired\n", ""
     ),
     "one lane speaks for the others' rows without a __syncwarp": race(
-        "dispatch.cuh", "  __syncwarp();\n  if (lane == 0) ptx::red_add_release_gpu(p.x_ready", "  if (lane == 0) ptx::red_add_release_gpu(p.x_ready"
+        "dispatch.cuh",
+        "  __syncwarp();\n  if (lane == 0) ptx::red_add_release_gpu(p.x_ready",
+        "  if (lane == 0) ptx::red_add_release_gpu(p.x_ready",
     ),
     "a tile is given back while the copy engine reads it": race("epilogue.cuh", "    ptx::bulk_wait_read<0>();\n", ""),
 }
