@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import tvm_ffi
-from mega_moe_rig import FACTOR, PAIRS, Batch, random_batch
+from mega_moe_rig import FACTOR, Batch, random_batch
 from tvm_ffi import libinfo
 
 from hopper_moe.kernels import jit, mega_moe
@@ -39,14 +39,6 @@ NO_TIMEOUT_S = 1e6
 
 SPREAD = ModelShape(640, 256, 16, 3, 16)  # the layer that is spread over ranks
 CAPACITY = 260  # of a rank: above kMinTokensToCombineEarly; 8 ranks bring an expert more than two blocks of 128 rows
-OPTIONS = {
-    "bf16": {},
-    "fp8_combine": {"fp8_combine": True},
-    "fp4_dispatch": {"fp4_dispatch": True},
-    "waves": {"wave_rows": 256},
-    "fp8_weights": {"weights": PackedFp8Experts},
-    "pairs": {"tiles": PAIRS},
-}
 
 
 def compile_emulated(name: str, folder: Path, csrc: Path = jit.SOURCE_DIR, *, races: bool = False) -> Path:

@@ -10,7 +10,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from mega_moe_rig import RANDOM_EXPERTS, Batch, random_batch
+from mega_moe_rig import FACTOR, PAIRS, RANDOM_EXPERTS, Batch, random_batch
 
 from hopper_moe.kernels.benchmarks.workload import ModelShape, make_layer
 from hopper_moe.kernels.failure import PeerTimeout
@@ -20,7 +20,16 @@ from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 SHAPE = ModelShape(1024, 512, 48, 6, 12)
 CAPACITY = 512
-FACTOR = 1.5
+
+# "waves": pools so small that every larger call runs in many waves.
+OPTIONS = {
+    "bf16": {},
+    "fp8_combine": {"fp8_combine": True},
+    "fp4_dispatch": {"fp4_dispatch": True},
+    "waves": {"wave_rows": 256},
+    "fp8_weights": {"weights": PackedFp8Experts},
+    "pairs": {"tiles": PAIRS},
+}
 
 
 class SpreadLayer:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from emulated_layer import (
     CAPACITY,
-    OPTIONS,
     SPREAD,
     EmulatedLayer,
     SpreadLayer,
@@ -23,7 +22,7 @@ from emulated_layer import (
     joined,
 )
 from layer_compare import assert_layers_agree, relative_l2
-from mega_moe_ranks import SCENARIOS, tokens_of
+from mega_moe_ranks import OPTIONS, SCENARIOS, tokens_of
 from mega_moe_rig import FACTOR, PAIRS, RANDOM_EXPERTS, read_dispatched, read_hidden, read_slots
 
 from hopper_moe.kernels import reference

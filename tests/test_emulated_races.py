@@ -10,7 +10,8 @@ import random
 
 import pytest
 import torch
-from emulated_layer import OPTIONS, SPREAD, EmulatedLayer, compiled_on_first_use, draw_batch
+from emulated_layer import SPREAD, EmulatedLayer, compiled_on_first_use, draw_batch
+from mega_moe_ranks import OPTIONS
 from mega_moe_rig import RANDOM_EXPERTS
 
 from hopper_moe.quantization.packing import PackedExperts

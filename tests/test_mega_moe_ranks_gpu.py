@@ -8,10 +8,8 @@ import signal
 import mega_moe_ranks as ranks
 import pytest
 import torch
-from mega_moe_rig import PAIRS
 
 from hopper_moe.kernels.benchmarks.ranks import run_on_ranks, start_on_ranks
-from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 pytestmark = pytest.mark.gpu
 NUM_RANKS = [n for n in (2, 4, 8) if n <= torch.cuda.device_count()] or [2]
@@ -23,24 +21,13 @@ def several_gpus():
         pytest.skip("needs two Hopper GPUs of one host or more")
 
 
-# "waves": pools so small that every larger call runs in many waves.
-OPTIONS = {
-    "bf16": {},
-    "fp8_combine": {"fp8_combine": True},
-    "fp4_dispatch": {"fp4_dispatch": True},
-    "waves": {"wave_rows": 256},
-    "fp8_weights": {"weights": PackedFp8Experts},
-    "pairs": {"tiles": PAIRS},
-}
-
-
 @functools.cache
 def bits(num_ranks: int, name: str, seed: int) -> list[dict[str, bool]]:
-    return run_on_ranks(num_ranks, ranks.same_bits, seed, OPTIONS[name])
+    return run_on_ranks(num_ranks, ranks.same_bits, seed, ranks.OPTIONS[name])
 
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", ranks.OPTIONS)
 def test_bits_of_one_rank(num_ranks, name, seed):
     found = bits(num_ranks, name, seed)
     assert len(found[0]) == len(ranks.SCENARIOS) + 1
