@@ -1,6 +1,4 @@
 // What -fsanitize=thread calls before the accesses of the code that is compiled with it.
-#include <dlfcn.h>
-
 #include "machine.hpp"
 
 namespace {

@@ -34,9 +34,9 @@ void Clock::set(uint32_t agent, uint32_t time) {
   raise(fenced, agent, time);
 }
 
-uint32_t Races::tick_if_new(uint32_t agent) {
-  const uint32_t now = of(clocks_[agent].seen, agent);
-  return now ? now : tick(agent);
+uint32_t Races::now(uint32_t agent) {
+  const uint32_t time = of(clocks_[agent].seen, agent);
+  return time ? time : tick(agent);   // moments count from 1
 }
 
 uint32_t Races::tick(uint32_t agent) {
@@ -46,7 +46,7 @@ uint32_t Races::tick(uint32_t agent) {
 }
 
 void Races::release(uint32_t agent, Clock& to) {
-  tick_if_new(agent);
+  now(agent);
   to.join(clocks_[agent]);
   tick(agent);
 }
@@ -65,7 +65,7 @@ void Races::acquire_flag(uint32_t agent, const void* flag, Scope scope, int64_t 
 }
 
 void Races::fence(uint32_t agent) {
-  tick_if_new(agent);
+  now(agent);
   clocks_[agent].fenced = clocks_[agent].seen;
   tick(agent);
 }

@@ -241,6 +241,7 @@ void seen_stores(StoreGroup& group, bool written);   // the current thread has w
 
 void barrier_init(uint32_t address, uint32_t num_arrivals);
 void barrier_arrive(uint32_t address, uint32_t num_bytes);   // with bytes that the copy engine is to complete
+void barrier_complete_bytes(Cta& cta, uint32_t address, uint32_t num_bytes);
 bool barrier_passed(uint32_t address, uint32_t parity);
 void barrier_wait(uint32_t address, uint32_t parity);
 

@@ -58,7 +58,7 @@ class Races {
   explicit Races(size_t num_agents = 0) : clocks_(num_agents) {}
 
   Clock& clock(uint32_t agent) { return clocks_[agent]; }
-  uint32_t now(uint32_t agent) { return tick_if_new(agent); }
+  uint32_t now(uint32_t agent);                        // the agent's moment
   uint32_t tick(uint32_t agent);                       // the agent's next moment; returns it
   void release(uint32_t agent, Clock& to);             // `to` joins what the agent has seen
   void acquire(uint32_t agent, const Clock& from) { clocks_[agent].join(from); }
@@ -75,8 +75,6 @@ class Races {
     Clock of_system;
     std::unordered_map<int64_t, Clock> of_gpu;
   };
-
-  uint32_t tick_if_new(uint32_t agent);
 
   std::vector<Clock> clocks_;
   std::unordered_map<const void*, Flag> flags_;
