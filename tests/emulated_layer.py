@@ -38,7 +38,7 @@ GUARD = 0xA5
 NO_TIMEOUT_S = 1e6
 
 SPREAD = ModelShape(640, 256, 16, 3, 16)  # the layer that is spread over ranks
-CAPACITY = 260  # of a rank: above kMinTokensToCombineEarly; 8 ranks bring an expert more than two blocks of 128 rows
+CAPACITY = 260  # of a rank: above kMinTokensToCombineEarly; 4 ranks bring an expert two blocks of 128 rows, if unevenly
 
 
 def compile_emulated(name: str, folder: Path, csrc: Path = jit.SOURCE_DIR, *, races: bool = False) -> Path:

@@ -56,6 +56,7 @@ CASES += [
 # Number of ranks -> scenarios that a run draws of those that the GPU test goes through (--scenarios: so many): 64 SMs of 384
 # threads take their time.
 NUM_SCENARIOS = {2: 5, 4: 2, 8: 1}
+CAPACITY_OF_EIGHT = 160  # still two blocks of 128 rows an expert
 SPREADS = [(num_ranks, option) for num_ranks in (2, 4) for option in OPTIONS] + [(8, name) for name in ("bf16", "waves", "pairs")]
 
 
@@ -121,10 +122,11 @@ def test_bits_of_one_rank(gpus, generator, seed, pytestconfig, num_ranks, option
     """Whatever the routing, whoever has how many tokens, in any order of events; and the experts' load is what the ids say."""
     draw, options = random.Random(seed), dict(OPTIONS[option])
     experts = random_experts(SPREAD, options, generator)
-    layer = SpreadLayer.make(gpus(type(experts)), experts, num_ranks, **options)
+    capacity = CAPACITY if num_ranks < 8 else CAPACITY_OF_EIGHT
+    layer = SpreadLayer.make(gpus(type(experts)), experts, num_ranks, capacity=capacity, **options)
     load = torch.zeros(SPREAD.num_experts, dtype=torch.int64)
     for case, routing in draw.sample(SCENARIOS, pytestconfig.getoption("scenarios") or NUM_SCENARIOS[num_ranks]):
-        sizes = [tokens_of(case, rank, num_ranks, CAPACITY, draw) for rank in range(num_ranks)]
+        sizes = [tokens_of(case, rank, num_ranks, capacity, draw) for rank in range(num_ranks)]
         batches = [draw_batch(SPREAD, size, routing, generator, num_ranks) for size in sizes]
         got = layer.spread.run(batches, draw.randrange(2**31))
         layer.assert_same_bits(batches, got, seed, f"{case} {routing}, {sizes} tokens")

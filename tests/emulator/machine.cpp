@@ -19,7 +19,8 @@ constexpr uint64_t kStackCanary = 0x5ca1ab1e0ddba11ull;   // at the end that a s
 constexpr int kStepsBetweenStarts = 64;
 constexpr int kSleepSteps = 64;   // one of so many steps wakes somebody who sleeps
 constexpr int kSlowStreams = 8;   // a thread of a slow stream is passed over so often
-constexpr uint32_t kCopyPaces[] = {1, 8, 64};   // a copy's turn comes so much more rarely than a thread's
+constexpr uint32_t kCopyPaces[] = {1, 8, 256};   // a copy's turn comes so much more rarely than a thread's
+constexpr size_t kCompetitors = 256;   // with more threads it does not become rarer still
 
 // Stacks of whole CTAs, used again.
 std::map<size_t, std::vector<char*>> free_stacks;
@@ -174,7 +175,8 @@ void Machine::run_alone(Grid& grid) {
 
 bool Machine::step(Pool& pool) {
   if (++num_steps_ > max_steps_) fail("no end after " + std::to_string(max_steps_) + " steps: " + who_waits());
-  if (!copies_.empty() && random((pool.ready.size() + pool.asleep.size()) * copy_pace_ + copies_.size()) < copies_.size()) {
+  const size_t competitors = std::min(pool.ready.size() + pool.asleep.size(), kCompetitors);
+  if (!copies_.empty() && random(competitors * copy_pace_ + copies_.size()) < copies_.size()) {
     do_copy(random(copies_.size()));
     return true;
   }
