@@ -82,7 +82,7 @@ def test_fake_quantisers_are_the_codecs(seed: int) -> None:
     for group in (64, 128, 256, 512):
         q, scale = codecs.quantize_activations(w, group)
         expected = codecs.dequantize_activations(q, scale, group, torch.float32)
-        torch.testing.assert_close(fake_quant.activations(w, group), expected, rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(fake_quant.activations(w, group), expected, rtol=0, atol=0)
 
 
 def test_steps_on_one_batch_lower_the_loss(seed: int) -> None:

@@ -54,6 +54,9 @@ def activations(x: torch.Tensor, group: int) -> torch.Tensor:
     """x [..., N] as E4M3 with one FP32 scale per `group` values (the last group may be all there is)."""
     with torch.no_grad():
         grouped = x.float().unflatten(-1, (-1, min(group, x.shape[-1])))
-        scale = grouped.abs().amax(-1, keepdim=True).clamp_min(_FLOOR) / E4M3_MAX
-        best = ((grouped / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
+        amax = grouped.abs().amax(-1, keepdim=True).clamp_min(_FLOOR)
+        # The codec's operations: a quotient instead of the product, or torch's reciprocal (which a number divided by a tensor
+        # becomes), falls on the other side of a border once in millions.
+        limit = torch.full_like(amax, E4M3_MAX)
+        best = ((grouped * (limit / amax)).to(torch.float8_e4m3fn).float() * (amax / limit)).flatten(-2)
     return _straight_through(x, best)
