@@ -213,9 +213,9 @@ class EmulatedLayer:
         )  # fmt: skip
         return y
 
-    def look_for_races(self, looks: bool = True) -> None:
-        """Whether the GPUs' next runs look for them in shared memory and the ranks' workspaces."""
-        self.gpus.functions["look_for_races"](self.memory.data_ptr(), self.memory.numel() if looks else 0)
+    def look_for_races(self) -> None:
+        """The GPUs' next runs look for them in shared memory and in the workspaces of these ranks."""
+        self.gpus.functions["look_for_races"](self.memory.data_ptr(), self.memory.numel())
 
     def delay(self, rank: int, num_steps: int) -> None:
         """What the rank gets to do next waits so long."""

@@ -91,7 +91,7 @@ void store_barrier(Cta& cta, uint32_t address, Barrier barrier) {
   std::memcpy(cta.at(address, sizeof barrier), &barrier, sizeof barrier);
 }
 
-Cta& my_cta() { return *Machine::get().current().cta; }
+Cta& my_cta() { return *me().cta; }
 
 }  // namespace
 
@@ -107,7 +107,7 @@ void barrier_arrive(uint32_t address, uint32_t num_bytes) {
   if (barrier.num_pending == 0) Machine::get().fail("more arrivals on a barrier than it counts");
   barrier.num_bytes += num_bytes;
   --barrier.num_pending;
-  const Fiber& fiber = Machine::get().current();
+  const Fiber& fiber = me();
   if (Races* races = Machine::get().races()) races->release(fiber.cta->agent(fiber), fiber.cta->barrier_clocks[address].gathered);
   store_barrier(my_cta(), address, barrier);
 }
@@ -120,7 +120,7 @@ void barrier_complete_bytes(Cta& cta, uint32_t address, uint32_t num_bytes) {
 
 bool barrier_passed(uint32_t address, uint32_t parity) {
   if (load_barrier(my_cta(), address).phase == parity) return false;
-  const Fiber& fiber = Machine::get().current();
+  const Fiber& fiber = me();
   if (Races* races = Machine::get().races()) races->acquire(fiber.cta->agent(fiber), fiber.cta->barrier_clocks[address].passed);
   return true;
 }

@@ -59,49 +59,43 @@ std::string Machine::who_is(uint32_t agent) const {
   return "multiplies of warp " + std::to_string(place - kMaxThreads - kNumEngines) + where;
 }
 
+namespace {
+
+uint32_t my_agent() { return me().cta->agent(me()); }
+int64_t my_gpu() { return me().cta->grid.stream; }
+
+void access_atomically(Races& races, const uint32_t* address, bool is_write) {
+  Machine::get().access(address, sizeof *address, is_write, {my_agent(), races.now(my_agent()), 0, true, false});
+}
+
+}  // namespace
+
 uint32_t load_acquire(const uint32_t* address, Scope scope) {
-  Machine& machine = Machine::get();
-  machine.yield();
-  if (Races* races = machine.races()) {
-    const Fiber& fiber = machine.current();
-    const uint32_t agent = fiber.cta->agent(fiber);
-    races->acquire_flag(agent, address, scope, fiber.cta->grid.stream);
-    machine.access(address, sizeof *address, false, {agent, races->now(agent), 0, true, false});
-  }
-  return *address;
+  Machine::get().yield();
+  if (Races* races = Machine::get().races()) races->acquire_flag(my_agent(), address, scope, my_gpu());
+  return load_relaxed(address);
 }
 
 uint32_t load_relaxed(const uint32_t* address) {
-  Machine& machine = Machine::get();
-  if (Races* races = machine.races()) {
-    const uint32_t agent = machine.current().cta->agent(machine.current());
-    machine.access(address, sizeof *address, false, {agent, races->now(agent), 0, true, false});
-  }
+  if (Races* races = Machine::get().races()) access_atomically(*races, address, false);
   return *address;
 }
 
 void store_release(uint32_t* address, uint32_t value, Scope scope) {
-  Machine& machine = Machine::get();
-  machine.yield();
-  if (Races* races = machine.races()) {
-    const Fiber& fiber = machine.current();
-    const uint32_t agent = fiber.cta->agent(fiber);
-    machine.access(address, sizeof *address, true, {agent, races->now(agent), 0, true, false});
-    races->release_flag(agent, address, scope, fiber.cta->grid.stream);
+  Machine::get().yield();
+  if (Races* races = Machine::get().races()) {
+    access_atomically(*races, address, true);
+    races->release_flag(my_agent(), address, scope, my_gpu());
   }
   *address = value;
 }
 
 uint32_t fetch_add(uint32_t* address, uint32_t value, Order order) {
-  Machine& machine = Machine::get();
-  machine.yield();
-  if (Races* races = machine.races()) {
-    const Fiber& fiber = machine.current();
-    const uint32_t agent = fiber.cta->agent(fiber);
-    const int64_t gpu = fiber.cta->grid.stream;
-    if (order == Order::kAcquireRelease) races->acquire_flag(agent, address, Scope::kGpu, gpu);
-    machine.access(address, sizeof *address, true, {agent, races->now(agent), 0, true, false});
-    if (order != Order::kRelaxed) races->release_flag(agent, address, Scope::kGpu, gpu);
+  Machine::get().yield();
+  if (Races* races = Machine::get().races()) {
+    if (order == Order::kAcquireRelease) races->acquire_flag(my_agent(), address, Scope::kGpu, my_gpu());
+    access_atomically(*races, address, true);
+    if (order != Order::kRelaxed) races->release_flag(my_agent(), address, Scope::kGpu, my_gpu());
   }
   const uint32_t before = *address;
   *address = before + value;
@@ -109,16 +103,14 @@ uint32_t fetch_add(uint32_t* address, uint32_t value, Order order) {
 }
 
 void proxy_fence() {
-  Machine& machine = Machine::get();
-  if (Races* races = machine.races()) races->fence(machine.current().cta->agent(machine.current()));
+  if (Races* races = Machine::get().races()) races->fence(my_agent());
 }
 
 void seen_stores(StoreGroup& group, bool written) {
-  Machine& machine = Machine::get();
-  Races* races = machine.races();
+  Races* races = Machine::get().races();
   if (!races) return;
-  const Cta& cta = *machine.current().cta;
-  Clock& clock = races->clock(cta.agent(machine.current()));
+  const Cta& cta = *me().cta;
+  Clock& clock = races->clock(my_agent());
   clock.set(cta.agent(Engine::kStoreRead), group.read_time);
   if (written) clock.set(cta.agent(Engine::kStoreWrite), group.write_time);
 }

@@ -38,8 +38,6 @@ namespace emulator {
 // combine_rest (waits for other ranks' rows), Epilogue::finish_l2 (tells other ranks of its own) and WaveGate. With `false` they show as races.
 constexpr bool kVotesOrderMemory = true;
 
-inline Fiber& me() { return Machine::get().current(); }
-
 template <typename To, typename From>
 To bits(From value) {
   static_assert(sizeof(To) == sizeof(From));

@@ -1,7 +1,7 @@
 // A GPU on the CPU that the CUDA sources run on in tests. Every CUDA thread is a fiber, and one OS thread switches between them in an order that a
 // seed decides; so does how fast the copy engine and the GPUs are. What a real GPU may do at any time happens here at a random one (the copy engine's
-// work), or as late as it may (multiplies, when they are waited for). Memory is sequentially
-// consistent, so a missing fence or a scope too small changes no result: those are what Races finds.
+// work), or as late as it may (multiplies, when they are waited for). Memory is sequentially consistent, so a missing fence or a scope too small changes
+// no result: those are what Races finds.
 #pragma once
 #include <csetjmp>
 #include <cstdint>
@@ -167,7 +167,7 @@ class Machine {
   void delay(int64_t stream, uint64_t num_steps);
   // Runs all that is queued. What went wrong, or "".
   std::string run(uint64_t seed, uint64_t max_steps);
-  // From now on runs look for races in shared memory and in these bytes (0: no longer).
+  // From now on runs look for races in shared memory and in these bytes.
   void look_for_races(const uint8_t* global, size_t num_bytes) { tracked_ = global, num_tracked_ = num_bytes; }
 
   // Device side.
@@ -225,6 +225,8 @@ class Machine {
   uint32_t ctas_per_stream_ = 0;
   std::map<int64_t, Clock> stream_clocks_;   // what launches have done that are over
 };
+
+inline Fiber& me() { return Machine::get().current(); }
 
 // All lanes of `mask` meet in the instruction `what`; the last one calls complete(what each lane brought, mask), which may write to it.
 void meet(uint32_t mask, const char* what, void* mine, void (*complete)(void* const* lanes, uint32_t mask), bool orders_memory = false);
