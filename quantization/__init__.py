@@ -1,1 +1,1 @@
-"""Checkpoint types, packed layout and the code between them."""
+"""Checkpoint formats, packed layouts, conversion between them, and the quantisation method that SGLang calls."""

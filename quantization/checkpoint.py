@@ -1,4 +1,4 @@
-"""Writes and reads small checkpoints in the original DeepSeek-V4 naming and types; checking them is `checkpoint_check`'s job."""
+"""Write and read small checkpoints in the original DeepSeek-V4 naming and types. `checkpoint_check` validates them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.quantization.checkpoint_check import validate_checkpoint
-from hopper_moe.quantization.checkpoint_files import INDEX, TensorInfo, read_config, read_headers
+from hopper_moe.quantization.checkpoint_check import experts_of, read_checkpoint, validate_checkpoint
+from hopper_moe.quantization.checkpoint_files import INDEX, TensorInfo
 from hopper_moe.quantization.checkpoint_names import QUANTIZATION_CONFIG, expert_tensor, storage
 from hopper_moe.quantization.codecs import quantize_fp8_blocks, quantize_mxfp4
+from hopper_moe.quantization.errors import Refusal
+from hopper_moe.quantization.model_facts import ModelFacts
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -38,10 +39,10 @@ def write_checkpoint(
     tokenizer_dir: str | Path | None = None,
     max_shard_bytes: int = 4 << 30,
 ) -> Path:
-    """Writes a checkpoint folder and checks it with the same rules as any other checkpoint.
+    """Write a checkpoint folder and validate it with the same rules as any other checkpoint.
 
     Args:
-        path: folder to make; it must not hold weights yet.
+        path: folder to create; it must not hold weights yet.
         state: tensors by original name (`checkpoint_names.to_original_names`). Float weights of experts become MXFP4 (bytes and
             UE8M0 scales), of attention and shared-expert linears E4M3 in 128 x 128 blocks with UE8M0 scales, the rest BF16, FP32
             (norms, hyper-connections, sinks, biases) or int64 (hash routing). A weight with its `.scale` is kept as it is.
@@ -56,9 +57,9 @@ def write_checkpoint(
         raise Refusal(f"{folder} already holds .safetensors files: give a new folder.")
     if config.get("expert_dtype") != "fp4" or config.get("quantization_config") != QUANTIZATION_CONFIG:
         raise Refusal(
-            f"config says expert_dtype={config.get('expert_dtype')!r}, "
-            f"quantization_config={config.get('quantization_config')!r}: "
-            f"checkpoints written here have expert_dtype='fp4' and quantization_config={QUANTIZATION_CONFIG}."
+            f"config says expert_dtype={config.get('expert_dtype')!r}, quantization_config="
+            f"{config.get('quantization_config')!r}: checkpoints written here have expert_dtype='fp4' and quantization_config="
+            f"{QUANTIZATION_CONFIG}."
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
@@ -101,7 +102,7 @@ def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], max_shard_byte
             filled = 0
         shards[-1][name] = tensor.clone() if tensor.untyped_storage().nbytes() != size else tensor
         filled, total = filled + size, total + size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -112,30 +113,30 @@ def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], max_shard_byte
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder opened for reading: config and headers; tensors are read when asked for."""
+    """A checkpoint folder opened for reading: facts and headers by original name. Tensors are read on demand."""
 
     folder: Path
-    config: dict[str, Any]
+    facts: ModelFacts
     tensors: dict[str, TensorInfo]
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
         """Reads config.json and the headers. Raises Refusal if the files are damaged (run `validate_checkpoint` for the rest)."""
         folder = Path(path)
-        return cls(folder, read_config(folder), read_headers(folder))
+        return cls(folder, *read_checkpoint(folder))
 
     def load(self, name: str) -> torch.Tensor:
-        """One tensor as stored, on the CPU. Raises Refusal if there is none of that name."""
+        """One tensor as stored, on the CPU. Raises Refusal if there is none of that original name."""
         if name not in self.tensors:
             raise Refusal(f"{self.folder} has no tensor {name}: check the name against `hopper-moe checkpoint inspect`.")
         with safe_open(self.tensors[name].file, "pt") as reader:
-            return reader.get_tensor(name)
+            return reader.get_tensor(self.tensors[name].name)
 
     def layer_experts(self, layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(w13, w13_scale, w2, w2_scale) of `layer` ("layers.3"), every expert, as `pack_experts` takes it: uint8, `[w1; w3]`."""
 
         def stack(projection: str, part: str) -> torch.Tensor:
-            names = [expert_tensor(layer, e, projection, part) for e in range(self.config["n_routed_experts"])]
+            names = [expert_tensor(layer, e, projection, part) for e in range(experts_of(self.facts, layer))]
             return torch.stack([_bytes(self.load(name)) for name in names])
 
         w13 = torch.cat((stack("w1", "weight"), stack("w3", "weight")), 1)
@@ -144,7 +145,7 @@ class Checkpoint:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Bytes as they are; FP32 scales (powers of two, as `validate_checkpoint` makes sure) as UE8M0."""
-    if tensor.dtype is torch.float32:
-        return ((tensor.view(torch.int32) >> 23) & 255).to(torch.uint8)
+    """Bytes unchanged; float scales, which `validate_checkpoint` has found to be powers of two, as UE8M0."""
+    if tensor.dtype in (torch.float32, torch.bfloat16):
+        return ((tensor.float().view(torch.int32) >> 23) & 255).to(torch.uint8)
     return tensor.view(torch.uint8)

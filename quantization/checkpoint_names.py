@@ -1,4 +1,4 @@
-"""Tensor names of DeepSeek-V4 checkpoints: the original naming, how each is stored, and the way there from transformers.
+"""Tensor names of DeepSeek-V4 checkpoints: original naming, storage type of each tensor, mapping from transformers' names.
 
 Original naming, one layer: `layers.N.attn.*`, `layers.N.ffn.gate.*`, `layers.N.ffn.shared_experts.w1|w2|w3.*`,
 `layers.N.ffn.experts.E.w1|w2|w3.weight` with `.scale` beside it; global: `embed`, `head`, `norm` (.weight), `hc_head_*`.
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("w1", "w2", "w3")  # gate, down, up
 
-# layers.3.ffn.experts.17.w1.weight; `mtp.0` is the multi-token-prediction layer; some tools write a leading "model.".
-EXPERT_TENSOR = re.compile(r"^(?:model\.)?((?:layers|mtp)\.\d+)\.ffn\.experts\.(\d+)\.(w[123])\.(weight|scale)$")
+# layers.3.ffn.experts.17.w1.weight; `mtp.0` is a layer of the draft. SGLang matches numbers as it writes them: no leading zeros.
+_NUMBER = "0|[1-9][0-9]{0,8}"
+EXPERT_TENSOR = re.compile(rf"^((?:layers|mtp)\.(?:{_NUMBER}))\.ffn\.experts\.({_NUMBER})\.(w[123])\.(weight|scale)$")
+EXPERT_WEIGHT = re.compile(r"\.experts\.\d+\.(?:w[123]|gate_proj|up_proj|down_proj)\.weight$")
+"""A routed expert's weight in either naming, by the pattern with which SGLang looks for the experts' type."""
 
 _FP8 = re.compile(r"\.(?:attn\.(?:wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|ffn\.shared_experts\.w[123])\.weight$")
 _FP32 = re.compile(r"(?:\bhc_|attn_sink$|\.ape$|gate\.bias$|norm\.weight$)")
@@ -24,7 +27,7 @@ _INTEGER = re.compile(r"\.tid2eid$")
 
 _LAYER_TYPE_RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 
-# transformers -> original, applied in this order to every name. Longer paths come before the words they contain.
+# transformers -> original, applied in this order to every name. Longer paths come before those that they contain.
 _RENAMES = (
     ("model.", ""),
     ("lm_head.", "head."),
@@ -57,6 +60,40 @@ _RENAMES = (
 )
 
 
+# Hugging Face's names of a layer's parts -> original names, as in SGLang's loader.
+_LAYER_WORDS = (
+    (".self_attn.", ".attn."),
+    (".mlp.", ".ffn."),
+    (".input_layernorm.", ".attn_norm."),
+    (".post_attention_layernorm.", ".ffn_norm."),
+    (".gate.e_score_correction_bias", ".gate.bias"),
+    (".gate_proj.", ".w1."),
+    (".down_proj.", ".w2."),
+    (".up_proj.", ".w3."),
+)
+_GLOBAL_NAMES = {"model.embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight", "model.norm.weight": "norm.weight"}
+_LAYER = re.compile(rf"^(?:(?:model\.)?layers|mtp)\.(?:{_NUMBER})\.")
+
+
+def original_name(name: str, num_layers: int) -> str:
+    """The original name of a tensor that is stored under that or a Hugging Face name; other names stay as they are.
+
+    `num_layers` are the target's: in Hugging Face naming the draft's layers follow them, in the original they are `mtp.N`.
+    """
+    follows = name.startswith("model.")
+    if not _LAYER.match(name):
+        return _GLOBAL_NAMES.get(name, name)
+    name = name.removeprefix("model.")
+    for theirs, original in _LAYER_WORDS:
+        name = name.replace(theirs, original)
+    if name.endswith(".weight_scale_inv"):
+        name = name.removesuffix(".weight_scale_inv") + ".scale"
+    kind, number, rest = name.split(".", 2)
+    if follows and int(number) >= num_layers:
+        return f"mtp.{int(number) - num_layers}.{rest}"
+    return name
+
+
 def expert_tensor(layer: str, expert: int, projection: str, part: str) -> str:
     """`layer` is "layers.3" or "mtp.0"; part is "weight" or "scale"."""
     return f"{layer}.ffn.experts.{expert}.{projection}.{part}"
@@ -73,7 +110,7 @@ def storage(name: str) -> str:
 
 
 def to_original_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of transformers' `DeepseekV4ForCausalLM` under the original names, the stacked experts taken apart (views)."""
+    """State dict of transformers' `DeepseekV4ForCausalLM` under the original names, stacked experts split into views."""
     renamed = {}
     for name, tensor in state.items():
         for old, new in _RENAMES:

@@ -6,16 +6,16 @@ NaN.
 
 import torch
 
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
+from hopper_moe.quantization.errors import Refusal
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as uint8. Takes int8, uint8, float8_e8m0fnu and float8_e4m3fn; raises Refusal for anything wider."""
+    """The same memory as uint8. Takes int8, uint8, float8_e8m0fnu and float8_e4m3fn; raises ValueError for anything wider."""
     if tensor.dtype is torch.uint8:
         return tensor
     if tensor.element_size() != 1:
-        raise Refusal(f"a tensor of {tensor.dtype} was given where bytes are needed: use int8, uint8 or float8_e8m0fnu.")
+        raise ValueError(f"a tensor of {tensor.dtype} was given where bytes are needed: use int8, uint8 or float8_e8m0fnu.")
     return tensor.view(torch.uint8)
 
 
@@ -86,7 +86,7 @@ def encode_ue8m0(exponents: torch.Tensor) -> torch.Tensor:
 
 
 def encode_e4m3(values: torch.Tensor) -> torch.Tensor:
-    """float8_e4m3fn nearest to each FP32 value, ties to even; |value| must be at most 448 (the quantisers see to it)."""
+    """float8_e4m3fn nearest to each FP32 value, ties to even; |value| must be at most 448, which the quantisers ensure."""
     return values.to(torch.float8_e4m3fn)
 
 
@@ -124,34 +124,34 @@ def dequantize_mxfp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dty
 
 
 def quantize_mxfp4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """w [..., K] of any float type -> (uint8 [..., K/2], UE8M0 bytes uint8 [..., K/32]). Refuses K % 32 != 0 and values that are
-    not finite.
+    """w [..., K] of any float type -> (uint8 [..., K/2], UE8M0 bytes uint8 [..., K/32]). Raises ValueError for K % 32 != 0 and
+    `Refusal` for values that are not finite.
 
     Per group of 32 the exponent is ceil(log2(amax/6)) or one less, whichever gives the smaller squared error (the lower one clips
     to 6). A group of zeros takes the largest scale of its row, so that it does not widen the row's span of scales.
     """
     if w.shape[-1] % layout.MXFP4_GROUP:
-        raise Refusal(f"{w.shape[-1]} columns are not a multiple of {layout.MXFP4_GROUP}, the MXFP4 group: pad the tensor first.")
+        raise ValueError(f"{w.shape[-1]} columns are not a multiple of {layout.MXFP4_GROUP}, the MXFP4 group: pad the tensor.")
     if not bool(torch.isfinite(w).all()):
         raise Refusal("a weight to quantise is NaN or infinite: MXFP4 has no such value, so repair the tensor first.")
     grouped = w.double().unflatten(-1, (-1, layout.MXFP4_GROUP))
     amax = grouped.abs().amax(-1)
     no_clip = ceil_exponent(amax.clamp_min(2.0**-120) / layout.E2M1_VALUES[-1])
-    best_codes = best_error = None
-    exponents = no_clip
-    for exponent in (no_clip, no_clip - 1):
-        step = power_of_two(exponent).unsqueeze(-1)
-        codes = encode_e2m1(grouped / step)
-        error = (decode_e2m1(codes, torch.float64) * step - grouped).square().sum(-1)
-        if best_codes is None:
-            best_codes, best_error = codes, error
-            continue
-        better = error < best_error
-        best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
-        exponents = torch.where(better, exponent, exponents)
+    codes, error = _e2m1_at(grouped, no_clip)
+    lower_codes, lower_error = _e2m1_at(grouped, no_clip - 1)
+    better = lower_error < error
+    best_codes = torch.where(better.unsqueeze(-1), lower_codes, codes)
+    exponents = torch.where(better, no_clip - 1, no_clip)
     row_max = exponents.masked_fill(amax == 0, -121).amax(-1, keepdim=True)
     exponents = torch.where(amax == 0, row_max, exponents)
     return pack_nibbles(best_codes.flatten(-2)), encode_ue8m0(exponents)
+
+
+def _e2m1_at(grouped: torch.Tensor, exponent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of `grouped` [..., G, 32] at the scale 2**exponent [..., G], and the squared error of each group [..., G]."""
+    step = power_of_two(exponent).unsqueeze(-1)
+    codes = encode_e2m1(grouped / step)
+    return codes, (decode_e2m1(codes, torch.float64) * step - grouped).square().sum(-1)
 
 
 def quantize_mxfp4_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +160,7 @@ def quantize_mxfp4_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     Per group of 32: exponent = ceil(log2(max(amax, 2**-100) / 6)), so nothing clips; values to nearest, ties to even.
     """
     if x.shape[-1] % layout.MXFP4_GROUP:
-        raise Refusal(f"{x.shape[-1]} features are not a multiple of {layout.MXFP4_GROUP}, the FP4 group: use FP8 dispatch.")
+        raise ValueError(f"{x.shape[-1]} features are not a multiple of {layout.MXFP4_GROUP}, the FP4 group: use FP8 dispatch.")
     grouped = x.double().unflatten(-1, (-1, layout.MXFP4_GROUP))
     amax = grouped.abs().amax(-1).clamp_min(2.0**layout.AMAX_FLOOR_EXPONENT)
     exponents = ceil_exponent(amax / layout.E2M1_VALUES[-1])

@@ -1,50 +1,50 @@
-"""Which rows of a layer's experts the packed format holds exactly (`kernels/CONTRACT.md` section 3). Reads scales only."""
+"""Whether the rows of a layer's experts can be packed exactly (`kernels/CONTRACT.md` section 3). Reads all scales, and the codes
+of rows whose scales span too many octaves.
+"""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.quantization import layout
+from hopper_moe.quantization import layout, row_scales
 from hopper_moe.quantization.codecs import as_bytes
+from hopper_moe.quantization.errors import Refusal
+from hopper_moe.quantization.row_scales import Rounding, RowKind
 
 
 @dataclass(frozen=True)
 class InexactExpert:
-    """One expert's matrix with rows that the packed format cannot hold."""
+    """A matrix of one expert with rows that no packed format can represent."""
 
     tensor: str  # "w13" or "w2"
     expert: int  # local index, dim 0 of the tensor
     num_nan: int  # scale bytes that are 255
-    num_wide_rows: int  # rows whose scale bytes span more than 11
-    num_large_rows: int  # rows whose base byte is above 249
-    worst_span: int  # largest max - min over the rows' scale bytes, NaN bytes left out
-    worst_base: int  # largest base byte of a row
+    num_rows: int  # of `RowKind.BEYOND`
+    worst_span: int  # octaves that the worst of these rows needs
 
     def sentence(self, name: str) -> str:
-        """What is wrong, worst first; `name` says which tensor of which layer."""
+        """What is wrong, worst first; `name`: the tensor's name in messages."""
         where = f"{name} expert {self.expert}"
         if self.num_nan:
             return f"{where}: {self.num_nan} scale bytes are {layout.UE8M0_NAN} (NaN); the checkpoint is damaged, fetch it again."
-        if self.num_wide_rows:
-            found = f"the scales of {self.num_wide_rows} rows span up to {self.worst_span} powers of two"
-            limit = layout.MAX_DELTA
-        else:
-            found = f"the smallest scale byte of {self.num_large_rows} rows is up to {self.worst_base}"
-            limit = layout.MAX_BASE
         return (
-            f"{where}: {found}, above the {limit} that the packed FP4 format holds exactly; "
-            "HOPPER_MOE_INEXACT_ROWS=reference runs such layers on the exact reference (slow)."
+            f"{where}: the scales of {self.num_rows} rows span up to {self.worst_span} powers of two, above the "
+            f"{layout.WIDE_MAX_DELTA} that the packed FP4 format holds exactly; HOPPER_MOE_INEXACT_ROWS=round rounds their "
+            "smallest weights, HOPPER_MOE_INEXACT_ROWS=reference runs such layers on the exact reference (slow)."
         )
 
 
 @dataclass(frozen=True)
 class ExactnessReport:
-    """What `check_exact` found over all experts of a layer."""
+    """Result of `check_exact` over all experts of a layer."""
 
     inexact: tuple[InexactExpert, ...]
-    num_rows: int  # rows looked at, both matrices
-    worst_span: int  # over all rows
+    rows: tuple[int, ...]  # number of rows of every `RowKind`
+    num_rounded_values: int = 0  # weights of `RowKind.BEYOND` rows that packing changes
+    largest_rounded_base: int = 0  # base byte of such a row
 
     @property
     def is_exact(self) -> bool:
@@ -52,13 +52,18 @@ class ExactnessReport:
 
     @property
     def has_nan(self) -> bool:
-        """A NaN scale is a damaged checkpoint: no kernel may serve it."""
+        """Whether a scale is NaN, which means a damaged checkpoint that no kernel serves."""
         return any(found.num_nan for found in self.inexact)
 
     @property
+    def num_rows(self) -> int:
+        """Rows of both matrices, all experts."""
+        return sum(self.rows)
+
+    @property
     def num_inexact_rows(self) -> int:
-        """Rows that span too much or start too high (NaN bytes are not counted here)."""
-        return sum(found.num_wide_rows + found.num_large_rows for found in self.inexact)
+        """Rows that no packed format holds (NaN bytes are not counted here)."""
+        return self.rows[RowKind.BEYOND]
 
     def require_exact(self, layer: str = "") -> None:
         """Raises Refusal naming the first bad expert and the totals; does nothing if every row is exact. `layer` prefixes the
@@ -73,25 +78,73 @@ class ExactnessReport:
         more = f" ({others} more expert matrices are affected, {rows})" if others else ""
         raise Refusal(sentence.removesuffix(".") + more + ".")
 
+    def rounding_sentence(self, layer: str) -> str:
+        """How many values packing rounds and the error bounds, for a report that is not exact."""
+        exponent = self.largest_rounded_base + row_scales.ERROR_EXPONENT
+        return (
+            f"{layer}: {self.num_rounded_values} weights in {self.num_inexact_rows} of {self.num_rows} rows are rounded, each by "
+            f"at most 2**{exponent} ({2.0**exponent:.2g}) and by at most 2**{row_scales.RELATIVE_ERROR_EXPONENT} "
+            f"({2.0**row_scales.RELATIVE_ERROR_EXPONENT:.2g}) of the largest weight of its row"
+        )
 
-def check_exact(w13_scale: torch.Tensor, w2_scale: torch.Tensor) -> ExactnessReport:
-    """Looks at every scale byte of a layer: uint8 or float8_e8m0fnu [E, rows, groups]. One device synchronisation per matrix and
-    layer.
+
+def check_exact(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> ExactnessReport:
+    """Check every scale byte of a layer, and the codes of rows whose scales span too many octaves.
+
+    Weights int8 or uint8 [E, rows, columns / 2], scales uint8 or float8_e8m0fnu [E, rows, columns / 32].
     """
-    inexact: list[InexactExpert] = []
-    num_rows = worst_span = 0
-    for tensor, scale in (("w13", w13_scale), ("w2", w2_scale)):
-        data = as_bytes(scale)
-        num_rows += data.shape[0] * data.shape[1]
-        if not data.numel():
-            continue
-        smallest, largest = data.amin(-1).int(), data.amax(-1).int()
-        num_nan = (data == layout.UE8M0_NAN).sum((1, 2))
-        if bool(num_nan.any()):
-            largest = data.masked_fill(data == layout.UE8M0_NAN, 0).amax(-1).int()
-        span = (largest - smallest).clamp_min(0)  # a row of NaNs only has largest 0
-        wide, large = span > layout.MAX_DELTA, (smallest > layout.MAX_BASE) & (smallest < layout.UE8M0_NAN)
-        per_expert = torch.stack((num_nan, wide.sum(1), large.sum(1), span.amax(1), smallest.amax(1)), 1).tolist()
-        worst_span = max(worst_span, *(row[3] for row in per_expert))
-        inexact += [InexactExpert(tensor, expert, *row) for expert, row in enumerate(per_expert) if any(row[:3])]
-    return ExactnessReport(tuple(inexact), num_rows, worst_span)
+    return _joined(
+        [
+            *_check_matrix("w13", as_bytes(w13), as_bytes(w13_scale)),
+            *_check_matrix("w2", as_bytes(w2), as_bytes(w2_scale)),
+        ]
+    )
+
+
+def add_rows(counts: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """Rows of every `RowKind`, summed."""
+    return tuple(map(sum, zip([0] * len(RowKind), *counts, strict=True)))
+
+
+def _joined(reports: Sequence[ExactnessReport]) -> ExactnessReport:
+    return ExactnessReport(
+        tuple(found for report in reports for found in report.inexact),
+        add_rows(report.rows for report in reports),
+        sum(report.num_rounded_values for report in reports),
+        max((report.largest_rounded_base for report in reports), default=0),
+    )
+
+
+def _check_matrix(name: str, weight: torch.Tensor, scale: torch.Tensor) -> list[ExactnessReport]:
+    """One report per expert. If every row is plain, no codes are read and the host synchronises with the device twice."""
+    if not scale.numel():
+        return []
+    is_nan = scale == layout.UE8M0_NAN
+    num_nan = is_nan.sum((1, 2)).tolist()
+    if any(num_nan):
+        scale = torch.where(is_nan, scale.amin(-1, keepdim=True), scale)
+    is_plain = row_scales.plain_base(scale, row_scales.E4M3_LIMITS)[1]
+    return [
+        _check_expert(InexactExpert(name, expert, num_nan[expert], 0, 0), weight[expert], scale[expert], is_plain[expert], others)
+        for expert, others in enumerate((~is_plain).sum(1).tolist())
+    ]
+
+
+def _check_expert(
+    found: InexactExpert, weight: torch.Tensor, scale: torch.Tensor, is_plain: torch.Tensor, num_others: int
+) -> ExactnessReport:
+    """Complete `found`, the report of the expert so far; `num_others`: its rows that are not plain."""
+    rows = [0] * len(RowKind)
+    rows[RowKind.PLAIN] = scale.shape[0] - num_others
+    rounding = Rounding(0, 0)
+    if num_others:
+        weight, scale = weight[~is_plain], scale[~is_plain]
+        kinds = row_scales.row_kinds(weight, scale)
+        for kind, count in enumerate(torch.bincount(kinds, minlength=len(RowKind)).tolist()):
+            rows[kind] += count
+    if rows[RowKind.BEYOND]:
+        weight, scale = weight[kinds == RowKind.BEYOND], scale[kinds == RowKind.BEYOND]
+        span = int(row_scales.needed_span(*row_scales.exact_scales(weight, scale)).max())
+        found = replace(found, num_rows=rows[RowKind.BEYOND], worst_span=span)
+        rounding = row_scales.rounding_of(weight, scale)
+    return ExactnessReport((found,) if found.num_nan or found.num_rows else (), tuple(rows), *rounding)

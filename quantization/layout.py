@@ -1,11 +1,11 @@
-"""Every constant of `kernels/CONTRACT.md`, once.
+"""The constants of `kernels/CONTRACT.md`.
 
-The CUDA sources get the integer constants as `-D` defines (`as_defines`), the Python sources import them from here. Sizes are in
+The CUDA sources receive the integer constants as `-D` defines (`as_defines`); Python sources import them from here. Sizes are in
 elements unless the name says bytes. This module imports neither torch nor anything else that is slow, so that the command line
 can use it.
 """
 
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 # Activations (contract section 1). x has one FP32 scale a token.
 H_GROUP = 128  # features of the intermediate h that share one FP32 scale
@@ -29,9 +29,12 @@ UNIT_BYTES = UNIT_NIBBLE_BYTES + UNIT_DELTA_BYTES  # 4352
 ROW_BLOCK = 128  # packed rows per row block: two units
 UNITS_PER_BLOCK = ROW_BLOCK // UNIT_ROWS
 GATE_UP_INTERLEAVE = 8  # rows of w1, then as many of w3, alternating
-MAX_DELTA = 11  # octaves between a row's smallest and largest scale that E4M3 still holds exactly
+MAX_DELTA = 11  # octaves between a row's smallest and largest scale that E4M3 still represents exactly
 BASE_SHIFT = 5  # the decoded weight is e2m1 * 2**(delta - BASE_SHIFT), its row factor 2**(base + BASE_SHIFT - 127)
-MAX_BASE = 254 - BASE_SHIFT  # beyond it the row factor is no finite FP32 number
+MAX_BASE = 254 - BASE_SHIFT  # above it the row factor is not a finite FP32 number
+WIDE_MAX_DELTA = 28  # the same three where weights are decoded to E5M2
+WIDE_BASE_SHIFT = 15
+WIDE_MAX_BASE = 254 - WIDE_BASE_SHIFT
 
 # Packed FP8 weights (contract section 5): units in the 128-byte swizzle of WGMMA's shared-memory operands.
 FP8_UNIT_BYTES = UNIT_ROWS * UNIT_K
@@ -40,10 +43,13 @@ FP8_SCALES_PER_BLOCK = 4  # FP32 a row tile of 128 and k block: low rows' scale,
 # Limits.
 DIM_MULTIPLE = 128
 MAX_TOP_K = 16
+MAX_RANKS = 8  # that exchange tokens inside the fused kernel
+MAX_EXPERTS = 1024  # ids of all ranks together, redundant experts included: the fused kernel's table of counts
+MAX_LOCAL_EXPERTS = 400  # experts of one rank: its tables of first rows; with that of counts they fill shared memory
 
 
 def wgmma_position(k: int) -> int:
-    """Where feature `k` of a block of 128 stands in the rows that the products read (contract section 3), 0..127.
+    """Position 0..127 of feature `k` of a block of 128 in the rows that the products read (contract section 3).
 
     Of every k32 step of a WGMMA the lanes q = 0..3 of a row read columns 4q..4q+3 and 16+4q..16+4q+3. In this order these are
     always features of MXFP4 block q, so that a lane needs one scale a row.
@@ -97,6 +103,21 @@ def check_dims(hidden_size: int, intermediate_size: int) -> None:
                 f"{name} {value} is not a positive multiple of {DIM_MULTIPLE}, which the packed FP4 format needs: "
                 "use another MoE backend for this model."
             )
+
+
+def check_num_experts(num_experts: int, num_local_experts: int) -> None:
+    """Raises Refusal for more experts than the fused kernel's tables hold, over all ranks or on one rank."""
+    if num_experts > MAX_EXPERTS:
+        raise Refusal(
+            f"num_experts {num_experts} is above {MAX_EXPERTS}, the limit of the fused kernel: use fewer redundant experts or "
+            "another MoE backend."
+        )
+    if num_local_experts > MAX_LOCAL_EXPERTS:
+        ep_size = next(n for n in range(2, num_experts + 1) if num_experts % n == 0 and num_experts // n <= MAX_LOCAL_EXPERTS)
+        raise Refusal(
+            f"{num_local_experts} experts on one rank are above {MAX_LOCAL_EXPERTS}, the limit of the fused kernel: use "
+            f"--ep-size {ep_size} or more, or another MoE backend."
+        )
 
 
 def check_shape(hidden_size: int, intermediate_size: int, num_experts: int, top_k: int) -> None:

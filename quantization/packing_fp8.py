@@ -1,5 +1,5 @@
 """Block-scaled FP8 experts <-> packed weights in swizzled units (`kernels/CONTRACT.md` section 5). CPU and CUDA, bit for bit,
-one expert at a time. Nothing is computed on the way: weight bytes and scales change places only.
+one expert at a time. Weight bytes and scales are only permuted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
 from hopper_moe.quantization.fp8_blocks import expand_mxfp4
 from hopper_moe.quantization.packing import interleave_rows
@@ -19,7 +18,7 @@ _CHUNKS = layout.UNIT_K // 16  # 16-byte chunks of a row
 
 @dataclass(frozen=True)
 class PackedFp8Experts:
-    """The experts of one layer on one rank (`base.ExpertTensors`). Contiguous per expert."""
+    """The experts of one layer on one rank (`ExpertTensors`). Contiguous per expert."""
 
     holds_every_row: ClassVar[bool] = True  # FP8 as it is; FP4 is expanded exactly or refused by `store`
     library: ClassVar[str] = "fp8_mega"  # the compiled kernel that reads this format (kernels/jit.py)
@@ -33,7 +32,7 @@ class PackedFp8Experts:
         shapes = _shapes(self.num_experts, self.hidden_size, self.intermediate_size)
         for (name, (dtype, shape)), tensor in zip(shapes.items(), self.tensors, strict=True):
             if tensor.dtype is not dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-                raise Refusal(
+                raise ValueError(
                     f"{name} is {tensor.dtype} {list(tensor.shape)}, not a contiguous {dtype} {list(shape)}: "
                     "make it with pack_fp8_experts."
                 )
@@ -75,13 +74,11 @@ class PackedFp8Experts:
         return cls(*(torch.empty(shape, dtype=dtype, device=device) for dtype, shape in shapes))
 
     def store(self, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
-        """Packs one expert's checkpoint tensors (no expert dim, rows `[w1; w3]`) into slot `expert`: FP8 with FP32 block
-        scales, or FP4, which is expanded. Raises Refusal for FP4 values that E4M3 cannot hold exactly
+        """Pack one expert's checkpoint tensors (no expert dim, rows `[w1; w3]`) into slot `expert`: FP8 with FP32 block
+        scales, or FP4, which is expanded. Raises Refusal for FP4 values that E4M3 cannot represent exactly
         (`fp8_blocks.expand_mxfp4`).
         """
-        if w13.dtype is not torch.float8_e4m3fn:
-            w13, w13_scale = expand_mxfp4(w13, w13_scale)
-            w2, w2_scale = expand_mxfp4(w2, w2_scale)
+        w13, w13_scale, w2, w2_scale = _as_fp8(w13, w13_scale, w2, w2_scale)
         rows = interleave_rows(self.intermediate_size, w13.device)
         self.w13_packed[expert].copy_(pack_fp8_matrix(w13.view(torch.uint8)[rows].view(torch.float8_e4m3fn)))
         self.w2_packed[expert].copy_(pack_fp8_matrix(w2))
@@ -89,6 +86,21 @@ class PackedFp8Experts:
         for scale, low, high in ((self.w13_scale[expert], gate, up), (self.w2_scale[expert], w2_scale, w2_scale)):
             scale.zero_()
             scale[..., 0], scale[..., 1] = low, high
+
+    def holds(self, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> bool:
+        """Whether slot `expert` unpacks to these tensors bit for bit; of FP4 ones, to what they expand to."""
+        read = (*unpack_fp8_w13(self, expert), *unpack_fp8_w2(self, expert))
+        wanted = _as_fp8(w13, w13_scale, w2, w2_scale)
+        return all(torch.equal(got.view(torch.uint8), given.view(torch.uint8)) for got, given in zip(read, wanted, strict=True))
+
+
+def _as_fp8(
+    w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One expert as FP8; FP4 is expanded."""
+    if w13.dtype is torch.float8_e4m3fn:
+        return w13, w13_scale, w2, w2_scale
+    return (*expand_mxfp4(w13, w13_scale), *expand_mxfp4(w2, w2_scale))
 
 
 def _shapes(num_experts: int, hidden_size: int, intermediate_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -128,7 +140,7 @@ def _order(device: torch.device) -> torch.Tensor:
 
 
 def _swizzle(units: torch.Tensor) -> torch.Tensor:
-    """Exchanges 16-byte chunk c of row r with chunk c ^ r % 8 in every unit [.., 64, 128]; its own inverse."""
+    """Exchange 16-byte chunk c of row r with chunk c ^ r % 8 in every unit [.., 64, 128]; its own inverse."""
     chunks = units.reshape(*units.shape[:-1], _CHUNKS, -1)
     rows = torch.arange(layout.UNIT_ROWS, device=units.device)[:, None]
     return chunks[..., rows, torch.arange(_CHUNKS, device=units.device) ^ rows % _CHUNKS, :].reshape(units.shape)
@@ -153,11 +165,11 @@ def unpack_fp8_w2(packed: PackedFp8Experts, expert: int) -> tuple[torch.Tensor, 
 def check_fp8_shapes(
     w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor
 ) -> tuple[int, int, int]:
-    """(num_experts, hidden_size, intermediate_size) of a layer's checkpoint tensors. Raises Refusal if types or shapes do not
-    belong together, or a size is no multiple of 128.
+    """(num_experts, hidden_size, intermediate_size) of a layer's checkpoint tensors. Raises ValueError if types or shapes do not
+    belong together, `Refusal` if a size is no multiple of 128.
     """
     if w13.dim() != 3:
-        raise Refusal(f"w13 has shape {list(w13.shape)}, not [experts, rows, columns]: stack the experts.")
+        raise ValueError(f"w13 has shape {list(w13.shape)}, not [experts, rows, columns]: stack the experts.")
     num_experts, hidden_size, intermediate_size = w13.shape[0], w13.shape[2], w13.shape[1] // 2
     layout.check_dims(hidden_size, intermediate_size)
     block = layout.FP8_BLOCK
@@ -169,18 +181,18 @@ def check_fp8_shapes(
     }
     for name, (tensor, dtype, shape) in wanted.items():
         if tensor.dtype is not dtype or tuple(tensor.shape) != shape:
-            raise Refusal(
+            raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, but {num_experts} FP8 experts of hidden_size {hidden_size} and "
-                f"intermediate_size {intermediate_size} (read from w13) need {dtype} {list(shape)}: check the checkpoint."
+                f"intermediate_size {intermediate_size} (read from w13) need {dtype} {list(shape)}."
             )
     return num_experts, hidden_size, intermediate_size
 
 
 def pack_fp8_experts(w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> PackedFp8Experts:
-    """Packs a layer's checkpoint tensors; they are left as they are.
+    """Pack a layer's checkpoint tensors, which are not modified.
 
     w13 float8_e4m3fn [E, 2I, H] (rows `[w1; w3]`), w13_scale FP32 [E, 2I/128, H/128], w2 float8_e4m3fn [E, H, I], w2_scale FP32
-    [E, H/128, I/128]. Raises Refusal for anything else.
+    [E, H/128, I/128]. Raises as `check_fp8_shapes`.
     """
     packed = PackedFp8Experts.empty(*check_fp8_shapes(w13, w13_scale, w2, w2_scale), w13.device)
     for expert in range(packed.num_experts):

@@ -1,26 +1,26 @@
-"""Checkpoint MXFP4 experts -> what FlashInfer's SM90 mixed-input GEMM reads. FlashInfer's own helpers do the interleaving.
+"""Checkpoint MXFP4 experts -> the layout of FlashInfer's SM90 mixed-input GEMM, interleaved by FlashInfer's own helpers.
 
-The layout belongs to the installed FlashInfer (0.6.15 and 0.7 order the scales differently), so packed tensors are never stored
-or carried from one installation to another. Rows of w13 are `[w3; w1]`: this kernel wants up before gate.
+The layout depends on the installed FlashInfer (0.6.15 and 0.7 order the scales differently), so packed tensors are never stored
+or moved to another installation. Rows of w13 are `[w3; w1]`: this kernel reads up before gate.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
 from hopper_moe.quantization.codecs import as_bytes
+from hopper_moe.quantization.errors import Refusal
 
 
 @dataclass(frozen=True)
 class InterleavedExperts:
-    """The experts of one layer on one rank (`base.ExpertTensors`), as many bytes as in the checkpoint; all uint8."""
+    """The experts of one layer on one rank (`ExpertTensors`), as many bytes as in the checkpoint; all uint8."""
 
-    holds_every_row: ClassVar[bool] = True  # the kernel applies every scale byte as it is
+    holds_every_row: ClassVar[bool] = True  # the kernel applies every scale byte unchanged
 
     w13_interleaved: torch.Tensor  # [E, 2I, H/2]
     w13_interleaved_scale: torch.Tensor  # [E, 2I * H/32]
@@ -61,10 +61,10 @@ class InterleavedExperts:
         )
 
     def store(self, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
-        """Interleaves one expert's checkpoint tensors (no expert dim, rows `[w1; w3]`) into slot `expert`.
+        """Interleave one expert's checkpoint tensors (no expert dim, rows `[w1; w3]`) into slot `expert`.
 
-        Raises Refusal for a scale byte 0 (2**-127, which the kernel would read as 0), and off the GPU: the helper for weights
-        is a CUDA kernel of the library that serves the layer, so the first call compiles it if it was not before.
+        Raises `Refusal` for a scale byte 0 (2**-127, which the kernel would read as 0), and ValueError off the GPU: the helper
+        for weights is a CUDA kernel of the library that serves the layer, so the first call compiles it if it was not before.
         """
         matrices = {
             "w13": (up_first(as_bytes(w13)), up_first(as_bytes(w13_scale))),
@@ -77,6 +77,12 @@ class InterleavedExperts:
             getattr(self, f"{name}_interleaved")[expert].copy_(interleave_weight(weight))
             getattr(self, f"{name}_interleaved_scale")[expert].copy_(interleave_scale(scale))
 
+    def holds(self, expert: int, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> bool:
+        """Whether slot `expert` has the bytes that these tensors interleave to; FlashInfer has no inverse."""
+        again = type(self).empty(1, self.hidden_size, self.intermediate_size, self.device)
+        again.store(0, w13, w13_scale, w2, w2_scale)
+        return all(torch.equal(getattr(self, field.name)[expert], getattr(again, field.name)[0]) for field in fields(self))
+
 
 def up_first(w13: torch.Tensor) -> torch.Tensor:
     """Rows `[w1; w3]` (gate, up) as `[w3; w1]`."""
@@ -88,7 +94,7 @@ def interleave_weight(weight: torch.Tensor) -> torch.Tensor:
     from flashinfer.fused_moe import interleave_moe_weights_for_sm90_mixed_gemm
 
     if not weight.is_cuda:
-        raise Refusal(f"w4a16 weights are interleaved by a CUDA kernel, but these are on {weight.device}: move them to the GPU.")
+        raise ValueError(f"w4a16 weights are interleaved by a CUDA kernel: move them from {weight.device} to the GPU.")
     return interleave_moe_weights_for_sm90_mixed_gemm(weight.contiguous()[None], "fp4")[0]
 
 

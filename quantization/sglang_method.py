@@ -1,32 +1,23 @@
-"""SGLang's quant method for routed experts: parameters in the checkpoint's types, packed once after loading; one kernel call."""
+"""SGLang's quantisation method for routed experts: loads parameters in the checkpoint's types, packs them, calls one kernel."""
 
 from __future__ import annotations
 
-import logging
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
+from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from hopper_moe.kernels.reference_weights import Fp8BlockExperts, Mxfp4Experts
-from hopper_moe.moe_backends import compat, self_check
-from hopper_moe.moe_backends.base import ExpertShard
-from hopper_moe.moe_backends.env import settings
-from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.moe_backends.metrics import metrics
-from hopper_moe.moe_backends.registry import KernelSpec, create_runner
-from hopper_moe.moe_backends.sglang_hooks import MARK
-from hopper_moe.moe_backends.startup import READY, announce_plan
 from hopper_moe.quantization import layout
-from hopper_moe.quantization.exactness import check_exact
-from hopper_moe.quantization.sglang_loading import CHECKPOINT_PARAMETERS, LoadLedger, pack_layer, refuse_reload
+from hopper_moe.quantization.errors import Refusal
+from hopper_moe.quantization.expert_tensors import MARK, ExpertTensors
+from hopper_moe.quantization.layer_backend import CheckpointExperts, LayerBackend
+from hopper_moe.quantization.sglang_checks import CHECKPOINT_PARAMETERS, TensorCheck
+from hopper_moe.quantization.sglang_loading import LoadLedger, pack_layer
+from hopper_moe.quantization.sglang_refresh import RefreshLedger, staging_shapes
 
 if TYPE_CHECKING:
-    from hopper_moe.moe_backends.arguments import ServingPlan
-
-logger = logging.getLogger("hopper_moe")
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
 
 class HopperMoEMethod(FusedMoEMethodBase):
@@ -35,30 +26,29 @@ class HopperMoEMethod(FusedMoEMethodBase):
     Args:
         fp8_method: SGLang's Fp8MoEMethod, which creates the parameters; nothing else of it is used.
         prefix: the layer's name.
-        kernel: what runs the layer.
-        plan: exchange and capacity of this launch.
+        backend: what runs the layer.
     """
 
-    # 0.5.23 then multiplies the routed scaling factor into the top-k weights itself; 0.5.17 ignores it (see `_weights`).
-    fuse_routed_scaling_factor_in_topk = True
+    fuse_routed_scaling_factor_in_topk = True  # SGLang multiplies the routed scaling factor into the top-k weights
 
-    def __init__(self, fp8_method: Any, prefix: str, kernel: KernelSpec, plan: ServingPlan) -> None:
-        self._fp8, self._prefix, self._kernel, self._plan = fp8_method, prefix, kernel, plan
-        self._ledger: LoadLedger | None = None
+    _ledger: LoadLedger  # from `create_weights` on
+    _refresh: RefreshLedger  # from `process_weights_after_loading` on
+
+    def __init__(self, fp8_method: Any, prefix: str, backend: LayerBackend) -> None:
+        self._fp8, self._prefix, self._backend = fp8_method, prefix, backend
 
     # ---- construction
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: FusedMoE,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """The checkpoint's tensors, E and I of this rank. FP4: w13_weight int8 [E, 2I, H/2], w2_weight int8 [E, H, I/2] and their
-        `_scale_inv` float8_e8m0fnu [.., ../32]. FP8: float8_e4m3fn [E, 2I, H], [E, H, I] and float32 per 128 x 128."""
+        """The checkpoint's tensors, E and I of this rank: see `CheckpointExperts`; the scales' names end in `_scale_inv`."""
         layout.check_dims(hidden_size, intermediate_size_per_partition)
         if layer.num_fused_shared_experts:
             raise Refusal(f"{self._prefix}: shared experts are fused into the routed ones: drop --enforce-shared-experts-fusion.")
@@ -73,9 +63,10 @@ class HopperMoEMethod(FusedMoEMethodBase):
             fp4_scale_dtype=torch.float8_e8m0fnu,
             **extra_weight_attrs,
         )
-        self._ledger = LoadLedger(layer, self._prefix, layer.moe_ep_rank * num_experts)
+        self._check = TensorCheck(layer, self._prefix, layer.moe_ep_rank * num_experts)
+        self._ledger = LoadLedger(layer, self._check)
 
-    def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
+    def create_moe_runner(self, layer: FusedMoE, moe_runner_config: Any) -> None:
         config = moe_runner_config
         unsupported = {
             "activation": config.activation != "silu",
@@ -90,137 +81,99 @@ class HopperMoEMethod(FusedMoEMethodBase):
                 f"{self._prefix}: {field}={getattr(config, field)} is not DeepSeek-V4's SwiGLU: use --moe-runner-backend auto."
             )
         self._config = config
-        self._shard = ExpertShard(
-            num_experts=config.num_experts,
-            first_expert=layer.moe_ep_rank * config.num_local_experts,
-            num_local_experts=config.num_local_experts,
-            top_k=config.top_k,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size_per_partition,
-            swiglu_limit=config.swiglu_limit,
-            max_tokens_per_rank=self._plan.capacity,
-            group=self._group(layer),
-            fp8_combine=settings().fp8_combine,
-            fp4_dispatch=settings().fp4_dispatch,
-            timeout_s=settings().timeout_s,
-            layer=next((int(part) for part in self._prefix.split(".") if part.isdigit()), -1),
-        )
-        if layer.moe_ep_rank == layer.moe_tp_rank == 0:
-            announce_plan(self._kernel, self._shard, self._plan, layer.w13_weight.device)
+        self._backend.build(layer, config)
 
-    def get_moe_runner_backend(self, layer: torch.nn.Module) -> None:
-        """None: SGLang's standard top-k; under expert parallelism its dispatcher makes ids local, which `_global_ids` undoes."""
+    def get_moe_runner_backend(self, layer: FusedMoE) -> None:
+        """None: SGLang's standard top-k."""
 
     # ---- after loading
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check that every tensor came, pack, hand over to the kernel; the first layer of a kind is checked against the
-        reference. A second call changes nothing."""
+    def process_weights_after_loading(self, layer: FusedMoE) -> None:
+        """Check that every tensor was loaded, pack, pass to the kernel. A later call ends a refresh, if there was one."""
         if getattr(layer, MARK, False):
+            self._refresh.end()
             return
         self._ledger.require_complete()
-        packed = self._can_be_packed(layer)
-        kernel = self._kernel.name if packed else "reference"
-        sample = self._sample(layer, kernel)
-        self._runner = create_runner(kernel)
-        if packed:
-            experts = pack_layer(layer, self._runner.experts_type)
+        checkpoint = CheckpointExperts(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
+        staging = staging_shapes(layer)
+        packed_type = self._backend.choose_format(checkpoint)
+        self._backend.expect(checkpoint)
+        if packed_type is None:
+            experts: ExpertTensors | CheckpointExperts = checkpoint
         else:
-            experts = Mxfp4Experts(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
+            del checkpoint  # so that `pack_layer` frees the originals
+            experts = pack_layer(layer, packed_type)
         self._ledger.close()
-        refuse_reload(layer, self._prefix)
-        self._runner.prepare(experts, self._shard)
-        compat.keep_global_ids(layer)
-        layer._mega_moe_weights_built = self._plan.exchange == "megamoe"
+        self._refresh = RefreshLedger(layer, self._check, staging, experts, self._backend.require_fit)
+        # Ids stay global: converting them to local ones and back costs eight launches a layer.
+        layer.dispatcher.skip_local_expert_mapping = True
+        layer._mega_moe_weights_built = self._backend.exchanges
         setattr(layer, MARK, True)
-        READY.add(layer.parameters())
-        if sample is not None:
-            started = time.monotonic()
-            error = self_check.require_agreement(self._prefix, kernel, self._runner, sample, self._group(layer))
-            READY.checked(error, sample.seconds + time.monotonic() - started)
+        self._backend.prepare(experts)
+        for number, tensor in enumerate(self._backend.kept_tensors):  # SGLang saves and restores buffers
+            layer.register_buffer(f"hopper_moe_kept_{number}", tensor, persistent=False)
+        self._backend.add_ready(list(layer.parameters()))
 
-    def _sample(self, layer: torch.nn.Module, kernel: str) -> self_check.Sample | None:
-        """What this layer must give, from the tensors as they were loaded; None: a layer of its kind was checked before, on
-        `kernel`."""
-        if not settings().self_check or not self_check.is_first(kernel, self._shard):
-            return None
-        # FP4 experts may be expanded for an FP8 kernel.
-        stored = Mxfp4Experts if layer.w13_weight.dtype is torch.int8 else Fp8BlockExperts
-        checkpoint = stored(*(getattr(layer, name).data for name in CHECKPOINT_PARAMETERS))
-        return self_check.expect(kernel, checkpoint, self._shard, layer.w13_weight.device, self._group(layer))
+    def restore_weights_before_loading(self, layer: FusedMoE) -> None:
+        """SGLang opens a weight update: whatever an earlier one left unfinished is dropped."""
+        if getattr(layer, MARK, False):
+            self._refresh.begin()
 
-    def _group(self, layer: torch.nn.Module) -> Any:
-        """The ranks that exchange tokens inside the kernel; None: SGLang moves them."""
-        return compat.ep_process_group() if self._plan.exchange == "megamoe" and layer.moe_ep_size > 1 else None
-
-    def _can_be_packed(self, layer: torch.nn.Module) -> bool:
-        """Whether the kernel's format holds this layer as it is; False: it runs on the reference, on every rank of its group.
-
-        Raises `Refusal` where it would be rounded and HOPPER_MOE_INEXACT_ROWS does not allow the reference.
-        """
-        if create_runner(self._kernel.name).experts_type.holds_every_row:
-            return True
-        report = check_exact(layer.w13_weight_scale_inv.data, layer.w2_weight_scale_inv.data)
-        may_differ = self._kernel.name == "reference" or settings().inexact_rows == "reference"
-        if report.has_nan or not may_differ:
-            report.require_exact(self._prefix)
-        if not may_differ:
-            return True
-        num_inexact, num_rows = self._sum_over_group(layer, report.num_inexact_rows, report.num_rows)
-        if not num_inexact:
-            return True
-        if compat.has_redundant_experts():
-            raise Refusal(
-                f"{self._prefix}: {num_inexact} rows cannot be packed, so this layer's tensors differ from the "
-                "others', which "
-                "--enable-eplb and --ep-num-redundant-experts cannot move: drop them."
-            )
-        logger.warning(
-            "%s: %d of %d rows cannot be packed exactly, so the whole layer runs on the exact reference (slow)",
-            self._prefix,
-            num_inexact,
-            num_rows,
-        )
-        return False
-
-    def _sum_over_group(self, layer: torch.nn.Module, *counts: int) -> list[int]:
-        """Each count over the ranks that exchange tokens inside the kernel. They have to decide alike: a rank on the reference
-        and one on the fused kernel would wait for each other until the timeout."""
-        group = self._group(layer)
-        if group is None:
-            return list(counts)
-        sums = torch.tensor(counts, dtype=torch.int64, device=layer.w13_weight.device)
-        dist.all_reduce(sums, group=group)
-        return sums.tolist()
+    @property
+    def refresh(self) -> RefreshLedger:
+        """Of the packed layer."""
+        return self._refresh
 
     # ---- forward
 
-    def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
-        """Standard dispatcher: partial sums of this rank's experts for every row; SGLang adds the ranks up."""
+    def apply(self, layer: FusedMoE, dispatch_output: Any) -> Any:
+        """Standard dispatcher: partial sums of this rank's experts for every row; SGLang adds the ranks up. DeepEP's normal
+        mode: the same for the rows that chose an expert of this rank, and DeepEP adds up."""
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
+        self._refresh.require_whole()
+        if dispatch_output.format.is_deepep_normal():
+            return self._run_received(layer, dispatch_output)
         hidden_states = dispatch_output.hidden_states
-        self._note_call(hidden_states.shape[0])
-        if compat.exchange_is_megamoe():
+        if get_moe_a2a_backend().is_megamoe():
             raise Refusal(
                 f"{self._prefix}: {hidden_states.shape[0]} tokens came past the fused exchange, whose limit is "
-                f"{self._plan.capacity} per rank: "
-                "raise HOPPER_MOE_MAX_TOKENS_PER_RANK or lower --chunked-prefill-size."
+                f"{self._backend.max_tokens_per_rank} per rank: raise HOPPER_MOE_MAX_TOKENS_PER_RANK or lower "
+                "--chunked-prefill-size."
             )
         if not dispatch_output.format.is_standard() or dispatch_output.hidden_states_scale is not None:
             raise Refusal(
                 f"{self._prefix}: expected BF16 rows in SGLang's standard layout, got {type(dispatch_output).__name__}."
             )
         topk = dispatch_output.topk_output
-        scale = 1.0 if layer.should_fuse_routed_scaling_factor_in_topk else self._config.routed_scaling_factor
-        output = self._run_in_pieces(
-            hidden_states, self._global_ids(layer, topk.topk_ids), self._weights(topk.topk_weights, scale)
-        )
+        weights = _weights(topk.topk_weights, self._scale(layer))
+        output = self._backend.run(hidden_states, topk.topk_ids.to(torch.int32), weights)
         return StandardCombineInput(hidden_states=output)
+
+    def _run_received(self, layer: FusedMoE, received: Any) -> Any:
+        """Rows bf16 [N, H] from all ranks, each once; ids [N, K] count this rank's experts from 0, -1 is an expert elsewhere.
+
+        Returns a DeepEPNormalCombineInput of bf16 [N, H]: the weighted sum of a row's slots here.
+        """
+        from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalCombineInput
+
+        rows = received.hidden_states
+        if received.hidden_states_scale is not None or rows.dtype is not torch.bfloat16:
+            raise Refusal(
+                f"{self._prefix}: DeepEP brought {rows.dtype} rows, but the kernel takes BF16: drop "
+                "--deepep-dispatcher-output-dtype."
+            )
+        weights = _weights(received.topk_weights, self._scale(layer))
+        output = self._backend.run(rows, received.topk_ids.to(torch.int32), weights)
+        return DeepEPNormalCombineInput(output, received.topk_ids, received.topk_weights)
+
+    def _scale(self, layer: FusedMoE) -> float | None:
+        """What SGLang's top-k has not multiplied in yet."""
+        return 1.0 if layer.should_fuse_routed_scaling_factor_in_topk else self._config.routed_scaling_factor
 
     def run_mega(
         self,
-        layer: torch.nn.Module,
+        layer: FusedMoE,
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
@@ -231,75 +184,44 @@ class HopperMoEMethod(FusedMoEMethodBase):
         num_tokens: int,
         activation_clamp: float | None = None,
         routed_scaling_factor: float = 1.0,
-        activation: str = "swiglu",
-        num_shared_experts: int = 0,
-        shared_l1_weights: torch.Tensor | None = None,
-        shared_l2_weights: torch.Tensor | None = None,
-        routing_in_buffer: bool = False,
+        **of_other_gpus: Any,
     ) -> torch.Tensor:
         """The "megamoe" exchange: complete sums for this rank's rows. Every rank calls it, also with 0 tokens.
 
         Ids are global (physical) here. `routed_scaling_factor` is what SGLang has not multiplied in yet: 1.0 if its top-k has.
         Returns a fresh bf16 [num_tokens, hidden_size].
         """
-        self._note_call(num_tokens)
-        shard = self._shard
-        if (
-            shared_l1_weights is not None
-            or shared_l2_weights is not None
-            or num_shared_experts
-            or routing_in_buffer
-            or activation != "swiglu"
-        ):
-            raise Refusal(
-                f"{self._prefix}: SGLang asks for shared experts, routing or activation inside the kernel, which it does not "
-                "have."
-            )
-        if (hidden_size, top_k, activation_clamp) != (shard.hidden_size, shard.top_k, shard.swiglu_limit):
-            raise Refusal(
-                f"{self._prefix}: called for hidden_size {hidden_size}, top_k {top_k}, swiglu_limit {activation_clamp}, but "
-                "built for "
-                f"{shard.hidden_size}, {shard.top_k}, {shard.swiglu_limit}: the model's config changed after loading."
-            )
-        if num_tokens > shard.max_tokens_per_rank:
-            raise Refusal(
-                f"{self._prefix}: {num_tokens} tokens exceed the {shard.max_tokens_per_rank} per rank that the buffer was "
-                "sized for: "
-                "raise HOPPER_MOE_MAX_TOKENS_PER_RANK or lower --chunked-prefill-size."
-            )
+        self._refresh.require_whole()
+        self._check_mega_call(hidden_size, top_k, activation_clamp, num_tokens, of_other_gpus)
         if topk_ids is None:
             topk_ids = hidden_states.new_empty((0, top_k), dtype=torch.int32)
             topk_weights = hidden_states.new_empty((0, top_k), dtype=torch.float32)
-        weights = self._weights(topk_weights, routed_scaling_factor)
-        group = self._group(layer)
-        if group is None:
-            return self._runner.run(hidden_states, topk_ids.to(torch.int32), weights)
-        return self._runner.run_across_ranks(hidden_states, topk_ids.to(torch.int32), weights, group)
+        assert topk_weights is not None  # SGLang gives both or neither
+        weights = _weights(topk_weights, routed_scaling_factor)
+        return self._backend.run_across_ranks(hidden_states, topk_ids.to(torch.int32), weights)
 
-    def _note_call(self, num_tokens: int) -> None:
-        figures = metrics(self._kernel.name)
-        if READY.announce() and figures is not None:
-            figures.ready(READY)
-        if figures is not None:
-            figures.count(self._runner, num_tokens)
+    def _check_mega_call(
+        self, hidden_size: int, top_k: int, limit: float | None, num_tokens: int, of_other_gpus: dict[str, Any]
+    ) -> None:
+        """Raises `Refusal` for a call that this layer was not built for."""
+        usual = {"activation": "swiglu", "num_shared_experts": 0, "routing_in_buffer": False}
+        for name, value in of_other_gpus.items():
+            if value != usual.get(name):
+                raise Refusal(f"{self._prefix}: SGLang asks for {name}={value} inside the kernel, which does not have it.")
+        config = self._config
+        if (hidden_size, top_k, limit) != (config.hidden_size, config.top_k, config.swiglu_limit):
+            raise Refusal(
+                f"{self._prefix}: called for hidden_size {hidden_size}, top_k {top_k}, swiglu_limit {limit}, but built for "
+                f"{config.hidden_size}, {config.top_k}, {config.swiglu_limit}: the model's config changed after loading."
+            )
+        if num_tokens > self._backend.max_tokens_per_rank:
+            raise Refusal(
+                f"{self._prefix}: {num_tokens} tokens exceed the {self._backend.max_tokens_per_rank} per rank that the buffer "
+                "was sized for: raise HOPPER_MOE_MAX_TOKENS_PER_RANK or lower --chunked-prefill-size."
+            )
 
-    def _run_in_pieces(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """The runner over at most `max_tokens_per_rank` rows at a time; a row's result does not depend on the others."""
-        limit = self._shard.max_tokens_per_rank
-        if hidden_states.shape[0] <= limit:
-            return self._runner.run(hidden_states, topk_ids, topk_weights)
-        pieces = zip(hidden_states.split(limit), topk_ids.split(limit), topk_weights.split(limit), strict=True)
-        return torch.cat([self._runner.run(*piece) for piece in pieces])
 
-    def _global_ids(self, layer: torch.nn.Module, topk_ids: torch.Tensor) -> torch.Tensor:
-        """What the dispatcher passed on, as global ids: it makes them local (-1: not here) unless it was told not to."""
-        ids = topk_ids.to(torch.int32)
-        if layer.moe_ep_size == 1 or layer.dispatcher.skip_local_expert_mapping:
-            return ids
-        return torch.where(ids < 0, ids, ids + self._shard.first_expert)
-
-    @staticmethod
-    def _weights(topk_weights: torch.Tensor, routed_scaling_factor: float | None) -> torch.Tensor:
-        """FP32 weights with the routed scaling factor in them, exactly once."""
-        weights = topk_weights.float()
-        return weights if routed_scaling_factor in (None, 1.0) else weights * routed_scaling_factor
+def _weights(topk_weights: torch.Tensor, routed_scaling_factor: float | None) -> torch.Tensor:
+    """FP32 weights with the routed scaling factor in them, exactly once."""
+    weights = topk_weights.float()
+    return weights if routed_scaling_factor in (None, 1.0) else weights * routed_scaling_factor
