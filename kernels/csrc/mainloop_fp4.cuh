@@ -1,48 +1,53 @@
-// The product of one unit row block (64 packed rows of a warpgroup) with one token tile, or two, over all of k.
+// Product of one unit row block (64 packed rows of a warpgroup) with one token tile, or a pair of them, over all of k.
 //
-// L1: the tensor cores accumulate over all of k, then every sum is multiplied with its token's scale. L2: per scale group of h (128 k) they begin
-// anew, and one FP32 fused multiply-add per output applies the scale. The order of k never depends on the tile, so neither do the bits of a result.
+// L1: the tensor cores accumulate over all of k; then every sum is multiplied by the scale of its token. L2: for each
+// scale group of h (128 k) they start from zero, and one FP32 fused multiply-add per output applies the scale. The
+// order of k does not depend on the tile, so the bits of a result do not either.
 #pragma once
 #include "decode.cuh"
 #include "multiply.cuh"
 
 namespace hopper_moe {
 
-// The assembler moves a decode past the wait for the multiply that it should overlap, unless a branch it cannot see through keeps the two
-// in different basic blocks: comparing what is left with an opaque zero, although always true, does that.
+// The assembler moves a decode past the wait for the multiply that it should overlap, unless they are in different
+// basic blocks. A branch that always goes the same way but compares with an opaque zero keeps them apart.
 __device__ __forceinline__ int opaque_zero() {
   int zero = 0;
   asm volatile("" : "+r"(zero));
   return zero;
 }
 
-// A scale group's sums times their tokens' scales, added to `sum` or, of the first group, alone.
+// A scale group's sums times the scales of their tokens, added to `sum` or, for the first group, stored.
 template <int N, bool kFirst = false>
 __device__ __forceinline__ void promote(float (&sum)[N / 2], const float (&d)[N / 2], uint32_t scales, int lane) {
   for_each_token<N>(scales, lane, [&](int j, float scale) { sum[j] = fmaf(d[j], scale, kFirst ? 0.f : sum[j]); });
 }
 
-// A math thread that decodes its warpgroup's units.
+// A math thread, which decodes the units of its warpgroup.
 template <int N>
 class UnitReader : protected StageReader {
  protected:
   using StageReader::StageReader;
 
   static constexpr int kChunks = chunks_per_stage(N);
-  __device__ __forceinline__ static uint32_t tile(const Stage& stage, int chunk = 0) { return stage.data + chunk * N * kUnitK; }
-  // The warpgroup's unit of a chunk of the stage at the cursor.
+  __device__ __forceinline__ static uint32_t tile(const Stage& stage, int chunk = 0) {
+    return stage.data + chunk * N * kUnitK;
+  }
+  // Decodes the warpgroup's unit of a chunk of the stage at the cursor.
   __device__ __forceinline__ void decode(uint32_t (&a)[16], int chunk = 0) const {
-    decode_unit(a, cursor_.stage().data + stage_weights(N) + (chunk * 2 + me_.warpgroup) * kUnitBytes, me_.warp, me_.lane);
+    decode_unit(a, cursor_.stage().data + stage_weights(N) + (chunk * 2 + me_.warpgroup) * kUnitBytes, me_.warp,
+                me_.lane);
   }
 };
 
-// Consumes the stages of one pass over k into `sum`, the factors of the rows included. `meanwhile(piece)`, 0 .. kPassEndPieces - 1 as constants, is
-// called in order while the tensor cores work on the first chunks, before anything is written to `sum`: there is time for what is left to do with the
-// sums of the pass before. It may wait, but not branch otherwise.
+// Consumes the stages of one pass over k into `sum` and applies the factors of the rows. `meanwhile(piece)`, with the
+// constants 0 .. kPassEndPieces - 1, is called in order while the tensor cores work on the first chunks and before
+// `sum` is written; it finishes the previous pass. It may wait but must not branch otherwise.
 template <int N, bool kL1>
 class MainLoop : private UnitReader<N> {
   using Reader = UnitReader<N>;
-  using Reader::cursor_, Reader::me_, Reader::wait_full, Reader::take, Reader::release, Reader::tile, Reader::decode, Reader::kChunks;
+  using Reader::cursor_, Reader::me_, Reader::wait_full, Reader::take, Reader::release, Reader::tile, Reader::decode,
+      Reader::kChunks;
 
  public:
   using Reader::Reader;
@@ -61,7 +66,8 @@ class MainLoop : private UnitReader<N> {
   }
 
  private:
-  // Two chunks a stage (one in the last when the number of chunks is odd). While the tensor cores work on one stage the next is decoded.
+  // Two chunks per stage (one in the last if the number of chunks is odd). The next stage is decoded while the tensor
+  // cores work on the current one.
   __device__ __forceinline__ void run_narrow(float (&sum)[N / 2], int num_chunks) {
     uint32_t a[2][2][16];
     const int zero = opaque_zero();
@@ -82,15 +88,16 @@ class MainLoop : private UnitReader<N> {
     }
   }
 
-  // Of an odd last stage the second half holds stale bytes: decoded, never multiplied.
+  // The second half of an odd last stage holds stale bytes, which are decoded and never multiplied.
   __device__ __forceinline__ void decode_stage(uint32_t (&a)[2][16]) const {
     decode(a[0], 0);
     decode(a[1], 1);
   }
 
   template <int kNum>
-  __device__ __forceinline__ void narrow_step(float (&sum)[N / 2], uint32_t (&now)[2][16], uint32_t (&next)[2][16], bool more, bool last) {
-    float d[2][N / 2];   // L2: a scale group each
+  __device__ __forceinline__ void narrow_step(float (&sum)[N / 2], uint32_t (&now)[2][16], uint32_t (&next)[2][16],
+                                              bool more, bool last) {
+    float d[2][N / 2];  // L2: one per scale group
     const Stage stage = take();
     ptx::wgmma_fence();
     multiply_chunk<N, !kL1>(kL1 ? sum : d[0], now[0], tile(stage, 0));
@@ -114,7 +121,7 @@ class MainLoop : private UnitReader<N> {
     for (int i = 0; i < N / 2; ++i) values[i] = 0.f;
   }
 
-  // One chunk a stage; the next multiply is queued behind the one before without draining it.
+  // One chunk per stage; the next multiply is queued behind the previous one without draining it.
   template <typename Meanwhile>
   __device__ __forceinline__ void run_wide_l1(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile) {
     uint32_t a[2][16];
@@ -138,9 +145,10 @@ class MainLoop : private UnitReader<N> {
     release(stage);
   }
 
-  // kFirst: they begin the sums, and `stage`, the last one multiplied, is none yet.
+  // kFirst: these chunks begin the sums, and `stage`, the previously multiplied one, does not exist yet.
   template <int kNum, bool kFirst, typename Meanwhile>
-  __device__ __forceinline__ void wide_chunks(float (&d)[N / 2], uint32_t (&a)[2][16], int left, int zero, Stage& stage, Meanwhile&& meanwhile) {
+  __device__ __forceinline__ void wide_chunks(float (&d)[N / 2], uint32_t (&a)[2][16], int left, int zero, Stage& stage,
+                                              Meanwhile&& meanwhile) {
     for_each_constant<kNum>([&](auto index) {
       constexpr int i = decltype(index)::value;
       const Stage before = stage;
@@ -160,7 +168,8 @@ class MainLoop : private UnitReader<N> {
     });
   }
 
-  // A hidden size of less than kPassEndPieces chunks, the first unit decoded: no hurry. The last stage is still to be given back.
+  // For a hidden size of less than kPassEndPieces chunks, with the first unit decoded; not optimised. Does not release
+  // the last stage.
   __device__ __forceinline__ void few_chunks(float (&d)[N / 2], uint32_t (&a)[16], int left, Stage& stage) {
     clear(d);
     while (true) {
@@ -176,7 +185,7 @@ class MainLoop : private UnitReader<N> {
     }
   }
 
-  // One chunk per scale group: the next one is decoded during the multiply, the sum promoted after it.
+  // One chunk per scale group: the next chunk is decoded during the multiply, the sum promoted after it.
   template <typename Meanwhile>
   __device__ __forceinline__ void run_wide_l2(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile) {
     uint32_t a[2][16];
@@ -202,7 +211,8 @@ class MainLoop : private UnitReader<N> {
   }
 
   template <bool kFirst, bool kLast, typename Meanwhile>
-  __device__ __forceinline__ void wide_step(float (&sum)[N / 2], uint32_t (&now)[16], uint32_t (&next)[16], bool more, Meanwhile&& meanwhile) {
+  __device__ __forceinline__ void wide_step(float (&sum)[N / 2], uint32_t (&now)[16], uint32_t (&next)[16], bool more,
+                                            Meanwhile&& meanwhile) {
     float d[N / 2];
     const Stage stage = take();
     ptx::wgmma_fence();
@@ -220,7 +230,8 @@ class MainLoop : private UnitReader<N> {
   }
 };
 
-// L1 of a pair: a chunk is two stages, the widest tile of either block, and the first has the weights. Each unit is decoded once for both.
+// L1 of a pair of token blocks. A chunk takes two stages, each with the widest tile of one block; the first also holds
+// the weights. Each unit is decoded once for both.
 class PairLoop : private UnitReader<kMaxTokenTile> {
  public:
   using UnitReader::UnitReader;
@@ -254,9 +265,10 @@ class PairLoop : private UnitReader<kMaxTokenTile> {
     Stage first, second;
   };
 
-  // The products of the chunk before are waited for when those of this one are queued.
+  // Queues the products of this chunk, then waits for those of the previous one.
   template <bool kBegins>
-  __device__ __forceinline__ void step(Sums& sum, uint32_t (&unit)[16], uint32_t (&next)[16], bool more, Stages& now) const {
+  __device__ __forceinline__ void step(Sums& sum, uint32_t (&unit)[16], uint32_t (&next)[16], bool more,
+                                       Stages& now) const {
     const Stages before = now;
     now.first = take();
     ptx::wgmma_fence();

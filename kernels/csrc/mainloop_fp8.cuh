@@ -1,20 +1,22 @@
-// The product of one unit row block (64 packed rows of a warpgroup) with one token tile over all of k, E4M3 weights from shared memory.
+// Product of one unit row block (64 packed rows of a warpgroup) with one token tile over all of k, with E4M3 weights
+// from shared memory.
 //
-// Every 128 k the tensor cores accumulate from zero, then one FP32 fused multiply-add per output applies the weight block's scale; the token's follows
-// at the end. (h has a scale per 128 k: in L2 both are multiplied first.) The order of k never depends on the tile, so neither do the bits of a result.
+// The tensor cores accumulate every 128 k from zero; one FP32 fused multiply-add per output applies the scale of the
+// weight block, and the token's scale follows at the end. In L2, where h has a scale per 128 k, both scales are
+// multiplied first. The order of k does not depend on the tile, so the bits of a result do not either.
 #pragma once
 #include "multiply.cuh"
 
 namespace hopper_moe {
 
-// FP8 sums are complete: their scales were applied block by block.
+// FP8 sums are complete: block scales have been applied during the loop.
 struct RowScales {
   __device__ __forceinline__ explicit RowScales(const uint8_t*) {}
   __device__ __forceinline__ static constexpr float low() { return 1.f; }
   __device__ __forceinline__ static constexpr float high() { return 1.f; }
 };
 
-// As mainloop_fp4.cuh's: see there for `meanwhile`.
+// See mainloop_fp4.cuh for `meanwhile`.
 template <int N, bool kL1>
 class MainLoop : private StageReader {
  public:
@@ -25,13 +27,15 @@ class MainLoop : private StageReader {
     if constexpr (kWaitAhead) {
       run_pass(sum, num_chunks, meanwhile);
     } else {
-      for_each_constant<kPassEndPieces>(meanwhile);   // somebody waits for what it gives, and the first stage may take a while
+      for_each_constant<kPassEndPieces>(
+          meanwhile);  // runs first: other warps wait for its result, and the first stage may take long
       run_pass(sum, num_chunks, [](auto) {});
     }
   }
 
  private:
-  // Few tokens: memory sets the pace, a stage is given back before the next is waited for. Many: that wait is hidden behind the multiply.
+  // Few tokens are bound by memory, so a stage is released before the next is waited for. With many tokens that wait is
+  // hidden behind the multiply.
   static constexpr bool kWaitAhead = N > 32;
 
   template <typename Meanwhile>
@@ -48,12 +52,13 @@ class MainLoop : private StageReader {
     }
   }
 
-  // Rows r and r + 8 are gate and up, of two weight blocks.
+  // Rows r and r + 8 are gate and up, from two weight blocks.
   template <typename Meanwhile>
   __device__ __forceinline__ void run_l1(float (&sum)[N / 2], int num_chunks, Meanwhile&& meanwhile) {
     float total[N / 2];
     Stage stage = block_step<true>(total, num_chunks > 1, meanwhile);
-#pragma unroll 1   // across a loop's back edge ptxas moves nothing that reads accumulators; in a straight line it does, and serialises the multiplies
+#pragma unroll 1  // ptxas does not move reads of accumulators across a loop's back edge; unrolled, it does and
+                  // serialises the multiplies
     for (int left = num_chunks - 1; left > 0; --left) {
       next_stage(stage);
       stage = block_step<false>(total, left > 1, [](auto) {});
@@ -67,7 +72,7 @@ class MainLoop : private StageReader {
     if constexpr (!kWaitAhead) wait_full();
   }
 
-  // One chunk of it. The stage is still to be given back.
+  // One chunk of L1. Does not release the stage.
   template <bool kBegins, typename Meanwhile>
   __device__ __forceinline__ Stage block_step(float (&total)[N / 2], bool more, Meanwhile&& meanwhile) {
     float d[N / 2];
@@ -85,7 +90,7 @@ class MainLoop : private StageReader {
     return stage;
   }
 
-  // What a thread's columns are multiplied with: the token scales of its 8-token blocks times the weight block's.
+  // The factors of a thread's columns: token scales of its 8-token blocks times the scale of the weight block.
   struct Scales {
     float2 token[N / 8];
     float2 block;
@@ -96,7 +101,8 @@ class MainLoop : private StageReader {
     ptx::wgmma_fence();
     ptx::wgmma_begin(d, ptx::wgmma_descriptor(weights, 0), ptx::wgmma_descriptor(data, 0));
 #pragma unroll
-    for (int step = 1; step < 4; ++step) ptx::wgmma(d, ptx::wgmma_descriptor(weights, step), ptx::wgmma_descriptor(data, step));
+    for (int step = 1; step < 4; ++step)
+      ptx::wgmma(d, ptx::wgmma_descriptor(weights, step), ptx::wgmma_descriptor(data, step));
     ptx::wgmma_commit();
   }
 
@@ -121,7 +127,8 @@ class MainLoop : private StageReader {
     }
   }
 
-  // One chunk of L2. Scales are loaded during the multiply: afterwards the other warpgroup's multiply would hold them up.
+  // One chunk of L2. Scales are loaded during the multiply; afterwards they would have to wait for the multiply of the
+  // other warpgroup.
   template <bool kFirst, bool kLast, typename Meanwhile>
   __device__ __forceinline__ void step(float (&sum)[N / 2], Meanwhile&& meanwhile) {
     float d[N / 2];

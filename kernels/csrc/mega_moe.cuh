@@ -1,4 +1,5 @@
-// The fused MoE kernel for SM90: dispatch, L1, SwiGLU, requantisation, L2 and combine in one persistent launch. See kernels/README.md.
+// The fused MoE kernel for SM90: dispatch, L1, SwiGLU, requantisation, L2 and combine in one persistent launch. See
+// kernels/DESIGN.md.
 #pragma once
 #include <type_traits>
 
@@ -10,13 +11,16 @@ namespace hopper_moe {
 constexpr int kMathRegisters = 224, kOtherRegisters = 56;
 constexpr int kNumWarps = kMathWarps + kServiceWarps + 2;
 constexpr int kNumThreads = 32 * kNumWarps;
-// setmaxnreg shares out what the CTA got at launch, a multiple of 8 a thread; asking for more waits for ever.
-static_assert(32 * (kMathWarps * kMathRegisters + (kNumWarps - kMathWarps) * kOtherRegisters) <= 65536 / kNumThreads / 8 * 8 * kNumThreads);
+// setmaxnreg distributes what the CTA got at launch, a multiple of 8 per thread; a request for more never returns.
+static_assert(32 * (kMathWarps * kMathRegisters + (kNumWarps - kMathWarps) * kOtherRegisters) <=
+              65536 / kNumThreads / 8 * 8 * kNumThreads);
 
-// Who a warp is: warpgroups 0 and 1 multiply; of the third, two warps run the epilogue, one streams weights and one activations.
+// Roles of the warps: warpgroups 0 and 1 multiply; in the third, two service warps run the epilogue, one warp streams
+// weights and one activations.
 constexpr int kFirstProducerWarp = kMathWarps + kServiceWarps;
 
-// Counters of the other parity are the next launch's: whoever used them has finished. `thread` of `num_threads` over the whole grid.
+// Clears the counters of the other parity for the next launch; their last users have finished. `thread` of
+// `num_threads` over the whole grid.
 __device__ inline void clear_next_counters(const MegaMoeParams& p, uint32_t launch, int thread, int num_threads) {
   auto clear = [&](int64_t offset, int num) {
     uint32_t* counters = p.counters(offset, num, launch + 1);
@@ -30,19 +34,14 @@ __device__ inline void clear_next_counters(const MegaMoeParams& p, uint32_t laun
   clear(p.ws.next_task, 1);
 }
 
-// Adds the launch's slots to the experts' statistics. `thread` of `num_threads` of one CTA.
-__device__ inline void count_load(const MegaMoeParams& p, const ExpertTable& table, int thread, int num_threads) {
-  if (blockIdx.x != gridDim.x - 1) return;
-  auto* load = p.local<unsigned long long>(p.ws.expert_load);
-  for (int i = thread; i < p.shape.num_local_experts; i += num_threads) load[i] += table.slot_base[i + 1] - table.slot_base[i];
-}
-
-// A rank whose experts nobody chose has no last task to speak for it.
+// A rank whose experts got no rows has no last task that would announce the results.
 __device__ inline void announce_nothing(const MegaMoeParams& p, uint32_t launch, int warp, int lane) {
-  for (int group = warp; group < p.shape.num_column_groups(); group += kServiceWarps) announce_results(p, group, launch, lane);
+  for (int group = warp; group < p.shape.num_column_groups(); group += kServiceWarps)
+    announce_results(p, group, launch, lane);
 }
 
-// Every CTA calls it once, long before its end, which nobody then waits for: its one look at the number of launches lies behind it.
+// Called once per CTA, after it has read the launch counter for the last time. The CTA need not be finished: the last
+// caller may increment the counter.
 __device__ inline void count_exit(const MegaMoeParams& p, uint32_t launch) {
   if (ptx::add_acq_rel_gpu(p.local<uint32_t>(p.ws.exit_count), 1) == gridDim.x - 1) {
     *p.local<uint32_t>(p.ws.exit_count) = 0;
@@ -50,7 +49,7 @@ __device__ inline void count_exit(const MegaMoeParams& p, uint32_t launch) {
   }
 }
 
-// kFp8Combine: as Shape::fp8_combine says.
+// kFp8Combine: see Shape::fp8_combine.
 template <bool kFp8Combine>
 __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_constant__ MegaMoeParams p) {
   using Slots = std::conditional_t<kFp8Combine, E4m3Slots, Bf16Slots>;
@@ -65,28 +64,28 @@ __global__ void __launch_bounds__(kNumThreads, 1) mega_moe_kernel(const __grid_c
     feed.init();
     ptx::fence_mbarrier_init();
   }
-  ptx::grid_dependency_wait();   // pre-dispatch: tokens, lists and counts
+  ptx::grid_dependency_wait();  // for pre-dispatch: tokens, lists and counts
   if (threadIdx.x == 0) smem.launch = __ldcg(p.local<uint32_t>(p.ws.epoch)) + 1;
   __syncthreads();
   const uint32_t launch = smem.launch;
   if (p.shape.num_ranks > 1) exchange_counts(p, launch);
-  build_expert_table(smem.experts, p, launch);   // ends with __syncthreads
+  build_expert_table(smem.experts, p, launch);  // ends with __syncthreads
   const TaskList tasks(smem.experts, p);
 
   if (warp < kMathWarps) {
     ptx::set_max_registers_up<kMathRegisters>();
-    dispatch_first<8>(p, smem.experts, launch, blockIdx.x + warp * gridDim.x,
-                      (kMathWarps + kServiceWarps) * gridDim.x, lane);
+    dispatch_first<8>(p, smem.experts, launch, blockIdx.x + warp * gridDim.x, (kMathWarps + kServiceWarps) * gridDim.x,
+                      lane);
     MathContext c{p, smem, tile, {warp / 4, warp % 4, lane}, StageCursor(ring)};
     run_math(c, feed);
-    // Nothing that only the combine needs is kept in registers while the products run.
-    combine_rest<Slots>(p, smem.experts.block_base[p.shape.num_local_experts], smem.launch, warp * gridDim.x + blockIdx.x, kMathWarps * gridDim.x, lane);
+    // Values that only combine needs are computed here, so that they take no registers during the products.
+    combine_rest<Slots>(p, smem.experts.block_base[p.shape.num_local_experts], smem.launch,
+                        warp * gridDim.x + blockIdx.x, kMathWarps * gridDim.x, lane);
   } else {
     ptx::set_max_registers_down<kOtherRegisters>();
     if (warp < kFirstProducerWarp) {
       const int part = warp - kMathWarps, num_threads = kServiceWarps * 32;
       clear_next_counters(p, launch, blockIdx.x * num_threads + part * 32 + lane, gridDim.x * num_threads);
-      count_load(p, smem.experts, part * 32 + lane, num_threads);
       if (tasks.num_blocks == 0 && p.shape.num_ranks > 1 && blockIdx.x == 0) announce_nothing(p, launch, part, lane);
       EarlyCombiner<Slots> combiner(p, tasks.num_blocks, launch, lane);
       serve<Epilogue<kFp8Combine>>(p, smem, tile, tasks, combiner, feed, launch, part, lane);

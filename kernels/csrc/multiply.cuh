@@ -1,4 +1,4 @@
-// What the product loops of all weight formats share: who a math thread is, and one chunk's multiply.
+// What the product loops of all weight formats share: indices of a math thread, and the multiply of one chunk.
 #pragma once
 #include <utility>
 
@@ -7,21 +7,22 @@
 
 namespace hopper_moe {
 
-// What is left to do with a pass's sums is done in so many pieces while the next pass's first products run.
+// The work that remains for a pass's sums is divided into this many pieces, done during the first products of the next
+// pass.
 constexpr int kPassEndPieces = 4;
 
 struct MathThread {
-  int warpgroup, warp, lane;    // warp: 0..3 in the warpgroup
+  int warpgroup, warp, lane;  // warp: 0..3 within the warpgroup
 };
 
-// A math thread's place in the ring: the stages are waited for and given back alike, whatever they hold.
+// A math thread's position in the ring. Waiting for and releasing stages does not depend on their content.
 class StageReader {
  public:
   __device__ StageReader(StageCursor& cursor, const MathThread& me) : cursor_(cursor), me_(me) {}
 
  protected:
   __device__ __forceinline__ void wait_full() const { cursor_.wait_full(); }
-  // The stage at the cursor, which moves on to the next.
+  // Returns the stage at the cursor and advances the cursor.
   __device__ __forceinline__ Stage take() const {
     const Stage stage = cursor_.stage();
     cursor_.advance();
@@ -36,7 +37,7 @@ class StageReader {
   const MathThread me_;
 };
 
-// Calls f(std::integral_constant<int, i>) for i = 0 .. kNum - 1: an unrolled loop whose index is a constant expression.
+// Calls f(std::integral_constant<int, i>) for i = 0 .. kNum - 1: an unrolled loop with a constant index.
 template <typename F, int... I>
 __device__ __forceinline__ void for_each_constant(F&& f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
@@ -46,7 +47,7 @@ __device__ __forceinline__ void for_each_constant(F&& f) {
   for_each_constant(f, std::make_integer_sequence<int, kNum>{});
 }
 
-// A chunk's products, which begin the sums `d` or are added to them.
+// The products of one chunk, which begin the sums `d` or are added to them.
 template <int N, bool kBegins>
 __device__ __forceinline__ void multiply_chunk(float (&d)[N / 2], const uint32_t* a, uint32_t tile_address) {
   for_each_constant<4>([&](auto step) {
@@ -59,7 +60,7 @@ __device__ __forceinline__ void multiply_chunk(float (&d)[N / 2], const uint32_t
   });
 }
 
-// f(j, the factor of the token that accumulator j is of), for all j; `factors`: shared address of N floats.
+// Calls f(j, factor of the token of accumulator j) for all j; `factors`: shared address of N floats.
 template <int N, typename F>
 __device__ __forceinline__ void for_each_token(uint32_t factors, int lane, F&& f) {
   const uint32_t mine = factors + lane % 4 * 8;
@@ -71,10 +72,11 @@ __device__ __forceinline__ void for_each_token(uint32_t factors, int lane, F&& f
   });
 }
 
-// A pass's sums `d` times the factors of their tokens' rows.
+// The sums `d` of a pass times the factors of their tokens' rows.
 template <int N>
 __device__ __forceinline__ void finish(float (&sum)[N / 2], const float (&d)[N / 2], const Stage& last, int lane) {
-  for_each_token<N>(last.data + stage_row_factors(N), lane, [&](int j, float factor) { sum[j] = __fmul_rn(d[j], factor); });
+  for_each_token<N>(last.data + stage_row_factors(N), lane,
+                    [&](int j, float factor) { sum[j] = __fmul_rn(d[j], factor); });
 }
 
 }  // namespace hopper_moe

@@ -1,5 +1,5 @@
-// The math warpgroups: products, and what can be done to a sum in the register it is in. Everything that crosses threads is left to the
-// service warps, which work while the next product runs.
+// The math warpgroups: products, and all work that needs only the sums in a thread's own registers. Work that crosses
+// threads is left to the service warps, which run concurrently with the next product.
 #pragma once
 #if HM_WEIGHT_BITS == 8
 #include "mainloop_fp8.cuh"
@@ -25,9 +25,9 @@ struct MathContext {
     ptx::mbarrier_arrive(tile.full);
     ++num_tasks_done;
   }
-  // The thread's 16-byte chunk of a row of h, eight features, of a pass.
+  // The thread's 16-byte chunk (eight features) of a row of h, for a pass.
   __device__ __forceinline__ int h_chunk(int pass) const { return pass * 8 + me.warpgroup * 4 + me.warp; }
-  // Shared address where a lane's row of an 8 x 8 block goes: token `token`, 16-byte chunk `chunk` (8 columns).
+  // Shared address of a lane's row of an 8 x 8 block: token `token`, 16-byte chunk `chunk` (8 columns).
   __device__ __forceinline__ uint32_t tile_address(int token, int chunk) const {
     return ptx::smem_address(smem.tile) + token * kTilePitch + chunk * 16;
   }
@@ -41,9 +41,9 @@ __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
   return gate * ptx::reciprocal(1.f + ptx::exp2(-gate * kLog2E)) * up;
 }
 
-// The next task as the math warps see it.
+// The next task, as needed by the math warps.
 struct MathTask {
-  int code, first_row;   // as in TaskSlot
+  int code, first_row;  // as in TaskSlot
 
   __device__ __forceinline__ explicit MathTask(TaskFeed& feed) {
     const TaskSlot& slot = feed.next();
@@ -52,11 +52,12 @@ struct MathTask {
   }
 };
 
-// What is left to do with the sums of a pass, in kPassEndPieces pieces: they are called while the next pass's first products run.
+// The work that remains for the sums of a pass, in kPassEndPieces pieces that are called during the first products of
+// the next pass.
 struct PassEnd {
   bool there = false;
   int pass = 0;
-  float low = 0.f, high = 0.f;   // scales of the rows r and r + 8
+  float low = 0.f, high = 0.f;  // scales of the rows r and r + 8
 
   __device__ __forceinline__ void begin(int its_pass, const RowScales& scales) {
     there = true;
@@ -66,15 +67,15 @@ struct PassEnd {
   }
 };
 
-// Rows r and r + 8 of a thread are gate and up of one feature: h of it for two tokens.
+// Rows r and r + 8 of a thread are gate and up of one feature; returns h of it for two tokens.
 __device__ __forceinline__ uint32_t features_of(const float* v, float low, float high, float limit) {
   return ptx::to_bf16x2(swiglu(v[0] * low, v[2] * high, limit), swiglu(v[1] * low, v[3] * high, limit));
 }
 
-// A tile has two passes.
+// Stores half a tile: a tile has two passes.
 template <int N, int kPiece>
 __device__ __forceinline__ void end_l1_pass(MathContext& c, const float (&sum)[N / 2], const PassEnd& end) {
-  constexpr int kBlocks = N >= 32 ? 4 : N / 8;   // 8 x 8 blocks of one store
+  constexpr int kBlocks = N >= 32 ? 4 : N / 8;  // 8 x 8 blocks of one store
   constexpr int i = kPiece * kBlocks;
   const float limit = c.p.swiglu_limit;
   if (kPiece == 0 && end.pass == 0) c.wait_tile();
@@ -90,11 +91,12 @@ __device__ __forceinline__ void end_l1_pass(MathContext& c, const float (&sum)[N
   if (kPiece == kPassEndPieces - 1 && end.pass == 1) c.hand_over_tile();
 }
 
-// 128 output columns, the routing weights in the sums already.
+// Stores 128 output columns; the sums include the routing weights.
 template <int N, int kPiece>
 __device__ __forceinline__ void end_l2_pass(MathContext& c, const float (&sum)[N / 2], const PassEnd& end) {
-  constexpr int kBlocks = N >= 16 ? 4 : 2;   // two of them (rows r and r + 8) per 8 tokens
-  constexpr int kStores = N / 8 / (kBlocks / 2), kFirst = kStores * kPiece / kPassEndPieces, kLast = kStores * (kPiece + 1) / kPassEndPieces;   // of a piece
+  constexpr int kBlocks = N >= 16 ? 4 : 2;  // two of them (rows r and r + 8) per 8 tokens
+  constexpr int kStores = N / 8 / (kBlocks / 2), kFirst = kStores * kPiece / kPassEndPieces,
+                kLast = kStores * (kPiece + 1) / kPassEndPieces;  // of a piece
   const int block = c.me.lane / 8 % kBlocks, chunk = (c.me.warpgroup * 4 + c.me.warp) * 2 + block % 2;
   if (kPiece == 0) c.wait_tile();
 #pragma unroll
@@ -111,7 +113,7 @@ __device__ __forceinline__ void end_l2_pass(MathContext& c, const float (&sum)[N
   if (kPiece == kPassEndPieces - 1) c.hand_over_tile();
 }
 
-// This task and all that follow with the same code. L1: 128 features in two passes of 128 packed rows.
+// Computes this task and all that follow with the same code. L1: 128 features in two passes of 128 packed rows.
 template <int N>
 __device__ __forceinline__ void run_l1(MathContext& c, TaskFeed& feed, MathTask& task) {
   const int code = task.code;
@@ -133,8 +135,9 @@ __device__ __forceinline__ void run_l1(MathContext& c, TaskFeed& feed, MathTask&
 }
 
 #if HM_WEIGHT_BITS == 4
-// L1 of pairs. A pass leaves a half of both blocks' tiles of h, which go to the service warps one after the other, a pass apart, so that they have
-// that long for each: what waits is kept as BF16, like the results of the other tiles behind the task's last product.
+// L1 of pairs. A pass produces half of the h tile of both blocks. The tiles go to the service warps one after the
+// other, a pass apart, so that these have a pass of time for each. What waits is kept as BF16, like the results of the
+// other tiles after the last product of a task.
 class PairResults {
  public:
   __device__ __forceinline__ explicit PairResults(MathContext& c) : c_(c) {}
@@ -157,7 +160,7 @@ class PairResults {
     there_ = true;
   }
 
-  // The second block's tile, if one is left.
+  // Hands over the second block's tile, if there is one.
   __device__ __forceinline__ void hand_over_second() {
     if (!there_) return;
     c_.wait_tile();
@@ -170,7 +173,8 @@ class PairResults {
  private:
   static constexpr int kWords = kMaxTokenTile / 8;
 
-  __device__ __forceinline__ void convert(uint32_t (&half)[kWords], const float (&sum)[kMaxTokenTile / 2], const RowScales& scales) const {
+  __device__ __forceinline__ void convert(uint32_t (&half)[kWords], const float (&sum)[kMaxTokenTile / 2],
+                                          const RowScales& scales) const {
     const float low = scales.low(), high = scales.high(), limit = c_.p.swiglu_limit;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) half[i] = features_of(sum + 4 * i, low, high, limit);
@@ -186,8 +190,9 @@ class PairResults {
   }
 
   MathContext& c_;
-  uint32_t half_[2][kWords];   // behind a first pass: its half of either block; behind a second: both halves of the second block
-  bool there_ = false;         // the second block's
+  uint32_t half_[2][kWords];  // after a first pass: its half of either block; after a second: both halves of the second
+                              // block
+  bool there_ = false;        // whether half_ holds the second block
 };
 
 __device__ __forceinline__ void run_l1_pairs(MathContext& c, TaskFeed& feed, MathTask& task) {
@@ -208,7 +213,7 @@ __device__ __forceinline__ void run_l1_pairs(MathContext& c, TaskFeed& feed, Mat
 }
 #endif
 
-// L2: 128 output columns, times the routing weight.
+// L2: 128 output columns times the routing weight.
 template <int N>
 __device__ __forceinline__ void run_l2(MathContext& c, TaskFeed& feed, MathTask& task) {
   const int code = task.code;
@@ -239,15 +244,29 @@ __device__ __forceinline__ void run_math(MathContext& c, TaskFeed feed) {
   MathTask task(feed);
   while (task.code != 0) {
     switch (task.code % kTaskKinds / 2) {
-      case 8: run_tasks<8>(c, feed, task); break;
-      case 16: run_tasks<16>(c, feed, task); break;
-      case 32: run_tasks<32>(c, feed, task); break;
-      case 64: run_tasks<64>(c, feed, task); break;
-      case 96: run_tasks<96>(c, feed, task); break;
+      case 8:
+        run_tasks<8>(c, feed, task);
+        break;
+      case 16:
+        run_tasks<16>(c, feed, task);
+        break;
+      case 32:
+        run_tasks<32>(c, feed, task);
+        break;
+      case 64:
+        run_tasks<64>(c, feed, task);
+        break;
+      case 96:
+        run_tasks<96>(c, feed, task);
+        break;
 #if HM_WEIGHT_BITS == 4
-      case 2 * kMaxTokenTile: run_l1_pairs(c, feed, task); break;
+      case 2 * kMaxTokenTile:
+        run_l1_pairs(c, feed, task);
+        break;
 #endif
-      default: run_tasks<128>(c, feed, task); break;
+      default:
+        run_tasks<128>(c, feed, task);
+        break;
     }
   }
 }

@@ -1,38 +1,45 @@
-// Who gets which tokens, and the order of tasks. Every CTA derives the same table from the expert counts, so nothing is communicated.
+// Assignment of tokens to blocks and the order of tasks. Every CTA derives the same table from the expert counts, so
+// CTAs need not communicate.
 #pragma once
 #include "layout.cuh"
 
 namespace hopper_moe {
 
-struct ExpertTable {                 // in shared memory; entry [num_local_experts] holds the totals
-  int slot_base[kMaxExperts + 1];    // valid rows before the expert
-  int row_base[kMaxExperts + 1];     // pool rows (padded) before the expert
-  int block_base[kMaxExperts + 1];   // token blocks before the expert
-  int unit_base[kMaxExperts + 1];    // L1 units before the expert if blocks are paired
-  int rank_count[kMaxExperts];       // [rank][local expert]: rows that each source rank sends
+struct ExpertTable {                     // in shared memory; entry [num_local_experts] holds the totals
+  int slot_base[kMaxLocalExperts + 1];   // valid rows before the expert
+  int row_base[kMaxLocalExperts + 1];    // pool rows (padded) before the expert
+  int block_base[kMaxLocalExperts + 1];  // token blocks before the expert
+  int unit_base[kMaxLocalExperts + 1];   // L1 units before the expert, if blocks are paired
+  int rank_count[kMaxExperts];           // [rank][local expert]: rows from each source rank
   int warp_total[4][16];
 };
 
 struct TokenBlock {
-  int expert, index;                 // local expert; block number over all experts
-  int row;                           // first pool row, counted from the begin of its wave
-  int tile;                          // N: rows of the tile, padding included
-  int num_rows;                      // valid rows
+  int expert, index;  // local expert; block number over all experts
+  int row;            // first pool row, relative to the start of its wave
+  int tile;           // N: rows of the tile, padding included
+  int num_rows;       // valid rows
 };
 
 // Largest i with base[i] <= value, base non-decreasing and base[0] == 0.
 __device__ __forceinline__ int find_expert(const int* base, int num_experts, int value) {
-  int low = 0, high = num_experts;   // base[low] <= value < base[high]
+  int low = 0, high = num_experts;  // base[low] <= value < base[high]
   while (high - low > 1) {
     const int mid = (low + high) / 2;
-    if (base[mid] <= value) low = mid; else high = mid;
+    if (base[mid] <= value)
+      low = mid;
+    else
+      high = mid;
   }
   return low;
 }
 
-__device__ __forceinline__ int tail_tile(const TileTable& tiles, int num_rows) { return tiles.tail_tile[(num_rows + 7) / 8]; }
+__device__ __forceinline__ int tail_tile(const TileTable& tiles, int num_rows) {
+  return tiles.tail_tile[(num_rows + 7) / 8];
+}
 
-// Inclusive scan of four values over the CTA's first num_local_experts threads, as exclusive prefixes in the table. All threads call it.
+// Inclusive scan of four values over the first num_local_experts threads of the CTA, stored as exclusive prefixes.
+// Called by all threads.
 __device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParams& p, uint32_t launch) {
   const Shape& s = p.shape;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -52,7 +59,8 @@ __device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParam
       value[0] = count;
       value[1] = full * p.tiles.max_tile + (rest ? tail_tile(p.tiles, rest) : 0);
       value[2] = full + (rest > 0);
-      const int widest = p.tiles.max_tile == kMaxTokenTile ? full + (rest && tail_tile(p.tiles, rest) == kMaxTokenTile) : 0;
+      const int widest =
+          p.tiles.max_tile == kMaxTokenTile ? full + (rest && tail_tile(p.tiles, rest) == kMaxTokenTile) : 0;
       value[3] = value[2] - widest / 2;
     }
     int inclusive[4];
@@ -85,16 +93,19 @@ __device__ inline void build_expert_table(ExpertTable& table, const MegaMoeParam
   }
 }
 
-// Waves: the pools hold `wave_rows` rows (and the end of one block more). Wave w is the blocks that start at rows w * wave_rows and up; its rows
-// are dispatched when all products of the wave before are done. One wave is the rule, more are the price of a skewed batch.
-__device__ __forceinline__ int row_in_wave(const MegaMoeParams& p, int row) { return row < p.shape.wave_rows ? row : row % p.shape.wave_rows; }
+// Waves. The pools hold `wave_rows` rows (and the end of one more block). Wave w consists of the blocks that start at
+// rows w * wave_rows and above; its rows are dispatched when all products of the previous wave are done. Usually there
+// is one wave; a skewed batch needs more.
+__device__ __forceinline__ int row_in_wave(const MegaMoeParams& p, int row) {
+  return row < p.shape.wave_rows ? row : row % p.shape.wave_rows;
+}
 
 __device__ __forceinline__ int wave_of_block(const ExpertTable& table, const MegaMoeParams& p, int block) {
   const int expert = find_expert(table.block_base, p.shape.num_local_experts, block);
   return (table.row_base[expert] + (block - table.block_base[expert]) * p.tiles.max_tile) / p.shape.wave_rows;
 }
 
-// First block of a wave, and its first row counted over the valid rows only; the totals for waves that there are not.
+// First block of a wave, and its first row counted over valid rows only; the totals for waves beyond the last.
 struct WaveBegin {
   int block, slot;
   __device__ WaveBegin(const ExpertTable& table, const MegaMoeParams& p, int wave) {
@@ -116,43 +127,49 @@ __device__ __forceinline__ TokenBlock token_block(const ExpertTable& table, cons
   const int first = (index - table.block_base[expert]) * p.tiles.max_tile;
   const int rest = table.slot_base[expert + 1] - table.slot_base[expert] - first;
   const bool full = rest >= p.tiles.max_tile;
-  return {expert, index, row_in_wave(p, table.row_base[expert] + first), full ? p.tiles.max_tile : tail_tile(p.tiles, rest),
-          full ? p.tiles.max_tile : rest};
+  return {expert, index, row_in_wave(p, table.row_base[expert] + first),
+          full ? p.tiles.max_tile : tail_tile(p.tiles, rest), full ? p.tiles.max_tile : rest};
 }
 
-// The compiler keeps WGMMAs asynchronous only on paths it knows to be uniform over a warp; values from shared memory are not, until broadcast.
+// The compiler keeps WGMMAs asynchronous only on paths that it can prove uniform over a warp. Values from shared memory
+// are not, until they are broadcast.
 __device__ __forceinline__ int warp_uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
 struct Task {
-  bool is_l1, is_pair;   // a pair: this block and the next
+  bool is_l1, is_pair;  // a pair: this block and the next one
   TokenBlock block;
-  int tile;    // L1: tile of 128 features (256 rows of w13). L2: tile of 128 rows of w2
+  int tile;  // L1: tile of 128 features (256 rows of w13). L2: tile of 128 rows of w2
   int wave;
 };
 
-// L1 takes two neighbouring blocks of an expert with the widest tile as one unit: each weight is decoded once for both, which at prefill is energy, and
-// energy is time there. Not worth it when there are few tasks (they last twice as long), impossible where the next block may be another wave's.
-// FP8 weights need no decoding, and two sets of sums.
+// L1 takes two neighbouring blocks of an expert with the widest tile as one unit. Each weight is decoded once for both,
+// which saves energy, and large batches are power-limited. It does not pay with few tasks (each takes twice as long)
+// and is not possible where the next block may belong to another wave. FP8 weights need no decoding and two sets of
+// sums.
 constexpr bool kPairsBlocks = !kFp8Weights;
 
-// Wave by wave: all L1 tasks, unit by unit, then all L2 tasks, column group by column group: while one group's tokens are combined the next
-// one's products run, and an expert's L2 starts long after its L1.
+// Order of tasks, wave by wave: all L1 tasks unit by unit, then all L2 tasks by column group. The tokens of one group
+// are combined while the products of the next run, and the L2 tasks of an expert start long after its L1 tasks.
 struct TaskList {
   int num_blocks, num_tasks;
   bool one_wave, pairs;
 
-  __device__ TaskList(const ExpertTable& table, const MegaMoeParams& p) : num_blocks(table.block_base[p.shape.num_local_experts]) {
+  __device__ TaskList(const ExpertTable& table, const MegaMoeParams& p)
+      : num_blocks(table.block_base[p.shape.num_local_experts]) {
     const int l1_per_unit = p.shape.num_features_tiles();
     one_wave = table.row_base[p.shape.num_local_experts] <= p.shape.wave_rows;
     pairs = kPairsBlocks && one_wave && num_blocks * l1_per_unit >= p.tiles.pair_from * static_cast<int>(gridDim.x);
-    num_tasks = (pairs ? table.unit_base[p.shape.num_local_experts] : num_blocks) * l1_per_unit + num_blocks * p.shape.num_row_tiles();
+    num_tasks = (pairs ? table.unit_base[p.shape.num_local_experts] : num_blocks) * l1_per_unit +
+                num_blocks * p.shape.num_row_tiles();
   }
 
-  __device__ static int group_width(const Shape& s, int group) { return min(kGroupTiles, s.num_row_tiles() - group * kGroupTiles); }
+  __device__ static int group_width(const Shape& s, int group) {
+    return min(kGroupTiles, s.num_row_tiles() - group * kGroupTiles);
+  }
 
   __device__ Task get(const ExpertTable& table, const MegaMoeParams& p, int index) const {
     const int l1_per_unit = p.shape.num_features_tiles();
-    int wave = 0, first = 0, last = num_blocks;   // blocks of the task's wave
+    int wave = 0, first = 0, last = num_blocks;  // blocks of the wave that the task belongs to
     if (!one_wave) {
       const int per_block = l1_per_unit + p.shape.num_row_tiles();
       wave = wave_of_block(table, p, index / per_block);
@@ -164,9 +181,12 @@ struct TaskList {
     if (index < num_l1) {
       const int unit = index / l1_per_unit, tile = index - unit * l1_per_unit;
       if (!pairs) return {true, false, token_block(table, p, first + unit), tile, wave};
-      const int expert = find_expert(table.unit_base, p.shape.num_local_experts, unit), in_expert = unit - table.unit_base[expert];
-      const int num_pairs = table.block_base[expert + 1] - table.block_base[expert] - (table.unit_base[expert + 1] - table.unit_base[expert]);
-      return {true, in_expert < num_pairs, token_block(table, p, table.block_base[expert] + in_expert + min(in_expert, num_pairs)), tile, wave};
+      const int expert = find_expert(table.unit_base, p.shape.num_local_experts, unit),
+                in_expert = unit - table.unit_base[expert];
+      const int num_pairs = table.block_base[expert + 1] - table.block_base[expert] -
+                            (table.unit_base[expert + 1] - table.unit_base[expert]);
+      return {true, in_expert < num_pairs,
+              token_block(table, p, table.block_base[expert] + in_expert + min(in_expert, num_pairs)), tile, wave};
     }
     index -= num_l1;
     const int per_group = (last - first) * kGroupTiles, group = index / per_group;

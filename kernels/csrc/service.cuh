@@ -1,4 +1,5 @@
-// The service warps: the epilogue of every task as its tile arrives; while waiting for one, rows to dispatch, then tokens to combine.
+// The service warps: the epilogue of every task when its tile is ready; in between rows to dispatch, then tokens to
+// combine.
 #pragma once
 #include "combine.cuh"
 #include "dispatch.cuh"
@@ -7,17 +8,19 @@
 namespace hopper_moe {
 
 template <typename Epilogue, typename Combiner>
-__device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& smem, const TileBarriers& tile, const TaskList& tasks,
-                                      Combiner& combiner, TaskFeed feed, uint32_t launch, int part, int lane) {
+__device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& smem, const TileBarriers& tile,
+                                      const TaskList& tasks, Combiner& combiner, TaskFeed feed, uint32_t launch,
+                                      int part, int lane) {
   const int num_service = kServiceWarps * gridDim.x;
-  dispatch_first<4>(p, smem.experts, launch, blockIdx.x + (kMathWarps + part) * gridDim.x, (kMathWarps + kServiceWarps) * gridDim.x, lane);
+  dispatch_first<4>(p, smem.experts, launch, blockIdx.x + (kMathWarps + part) * gridDim.x,
+                    (kMathWarps + kServiceWarps) * gridDim.x, lane);
   const Epilogue epilogue(p, smem, tile, tasks.num_blocks, part, lane, launch);
   const DispatchPlan plan(p, smem.experts);
   WaveGate gate(p, smem.experts, launch, lane);
   RowQueue rows(p, smem.experts, plan.num_first + blockIdx.x + part * gridDim.x, num_service, plan.num_rows, lane);
   uint32_t phase = 0;
   Task task;
-  // Looked up before its tile is there: math waits for what is done after.
+  // Computed before the tile is ready, because the math warps wait for everything that follows.
   auto next_task = [&] {
     const int index = warp_uniform(feed.next().index);
     const bool there = index < tasks.num_tasks;
@@ -42,7 +45,9 @@ __device__ __forceinline__ void serve(const MegaMoeParams& p, SharedStorage& sme
         __nanosleep(50);
       }
     } else if (has_task && (combiner.finished() || task.is_l1 || combiner.group() >= task.tile / kGroupTiles)) {
-      ptx::mbarrier_try_wait(tile.full, phase);   // rows of this task's group cannot be complete: sleeps until the tile is there, or a while
+      ptx::mbarrier_try_wait(
+          tile.full,
+          phase);  // rows of this task's group cannot be complete yet: suspends until the tile is ready or a time limit
     } else if (combiner.finished()) {
       return;
     } else if (!combiner.step()) {

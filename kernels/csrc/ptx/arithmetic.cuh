@@ -1,4 +1,4 @@
-// Arithmetic instructions that CUDA C++ does not reach, or not with the rounding we promise.
+// Arithmetic instructions that CUDA C++ does not offer, or not with the rounding of the contract.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -13,7 +13,7 @@ __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t select
   return r;
 }
 
-// min / max that keep a NaN instead of hiding it behind the clamp.
+// min / max that propagate NaN instead of replacing it by the clamp.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float r;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
@@ -25,14 +25,14 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return r;
 }
 
-// 1/x within 1 ulp; 1/inf = 0, which silu needs at large negative inputs.
+// 1/x within 1 ulp; 1/inf = 0, which silu needs for large negative inputs.
 __device__ __forceinline__ float reciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 
-// 2**x within 2 ulp; results below 2**-126 are 0, which 1 + 2**x does not see.
+// 2**x within 2 ulp; results below 2**-126 are 0, which does not change 1 + 2**x.
 __device__ __forceinline__ float exp2(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -70,20 +70,22 @@ __device__ __forceinline__ uint32_t to_bf16x2(float low, float high) {
   return r;
 }
 
-// One, two or four 8x8 b16 matrices from accumulator fragments to shared memory, transposed: memory row j of matrix m, whose address lane
-// 8 * m + j gives, receives column j of the fragment.
+// Stores one, two or four 8x8 b16 matrices from accumulator fragments to shared memory, transposed: memory row j of
+// matrix m, whose address is given by lane 8 * m + j, receives column j of the fragment.
 __device__ __forceinline__ void store_matrix_transposed(uint32_t smem, const uint32_t (&r)[1]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(smem), "r"(r[0]) : "memory");
 }
 __device__ __forceinline__ void store_matrix_transposed(uint32_t smem, const uint32_t (&r)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem), "r"(r[0]), "r"(r[1]) : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem), "r"(r[0]), "r"(r[1])
+               : "memory");
 }
 __device__ __forceinline__ void store_matrix_transposed(uint32_t smem, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 
-// Of two BF16 at once: magnitudes, and the larger ones (a NaN loses against a number).
+// Magnitudes of two BF16, and the larger magnitudes of two pairs (a number wins against NaN).
 __device__ __forceinline__ uint32_t abs_bf16x2(uint32_t pair) { return pair & 0x7FFF7FFFu; }
 __device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
   uint32_t r;

@@ -12,7 +12,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t num_arr
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(num_arrivals) : "memory");
 }
 
-// Makes inits by this thread visible to the async proxy (the copy engine) before it completes bytes on them.
+// Makes inits by this thread visible to the async proxy (the copy engine) before that completes bytes on the barriers.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -31,7 +31,8 @@ __device__ __forceinline__ bool elect_one() {
 
 // One arrival that also announces `num_bytes` of asynchronous copies for this phase.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t num_bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes)
+               : "memory");
 }
 
 // Acquire at CTA scope. May suspend the thread for a hardware-bounded time; returns whether the phase has completed.
