@@ -1,1 +1,1 @@
-"""The CUDA kernels, their JIT, and the torch reference they are checked against."""
+"""CUDA kernels, their JIT compilation, and the torch reference that defines their results."""

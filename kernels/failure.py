@@ -1,8 +1,8 @@
-"""What a rank says when a peer did not come in time: the host's side of `PeerFailure` in csrc/layout.cuh.
+"""Report of a peer that did not arrive in time: the host side of `PeerFailure` in csrc/layout.cuh.
 
-The kernel writes the record into pinned host memory and then ends its CUDA context (a trap): nothing computed with half of the
-ranks can reach anybody. The record outlives the context. Whatever the process does next with CUDA fails with a message that
-knows nothing of ranks, so a thread watches the record and logs the sentence that does.
+The kernel writes the record to pinned host memory and then ends its CUDA context with a trap, so that no result of an incomplete
+group is used. The record outlives the context. Later CUDA calls fail with a message that does not mention ranks, so a thread
+watches the record and logs a sentence that names them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 logger = logging.getLogger("hopper_moe")
 
-# By PeerStep in csrc/peers.cuh: (what this rank waited for, what the missing rank would have done).
+# By PeerStep in csrc/peers.cuh: (what this rank waited for, what the missing rank should have done).
 _STEPS = {1: "its token counts (it has not entered this layer)", 2: "the expert outputs it owes this rank"}
 _FIELDS = ("reported", "step", "missing_rank", "layer", "launch")  # struct PeerFailure
 
@@ -36,7 +36,7 @@ class FailureRecord:
 
     @property
     def address(self) -> int:
-        """Where the kernel writes; pinned memory has the same address on the device."""
+        """Address of the record, the same on host and device."""
         return self._words.data_ptr()
 
     def message(self) -> str | None:
@@ -47,8 +47,7 @@ class FailureRecord:
         where = f"layer {layer}" if layer >= 0 else "a layer without a number"
         return (
             f"rank {self._rank} waited {self._timeout_s:g} s for rank {missing_rank} in {where} (launch {launch}): "
-            f"{_STEPS[step]} "
-            f"did not arrive; look for that rank's own error, or raise HOPPER_MOE_TIMEOUT_S if it was only slow."
+            f"{_STEPS[step]} did not arrive; look for that rank's own error, or raise HOPPER_MOE_TIMEOUT_S if it was only slow."
         )
 
     def check(self) -> None:
@@ -58,7 +57,7 @@ class FailureRecord:
 
 
 def _watch(record: weakref.ref[FailureRecord]) -> None:
-    """Until the record is reported, which is logged, or gone."""
+    """Wait until the record is reported, then log it, or until it is deleted."""
     while (alive := record()) is not None:
         if (message := alive.message()) is not None:
             logger.critical(message)

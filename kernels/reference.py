@@ -17,7 +17,6 @@ from hopper_moe.kernels.reference_stages import (
     swiglu,
 )
 from hopper_moe.kernels.reference_weights import Experts, Fp8BlockExperts, as_source
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
 from hopper_moe.quantization.codecs import (
     decode_e2m1,
@@ -48,12 +47,12 @@ def pre_dispatch(
         fp4: activations travel as E2M1 with a UE8M0 scale per 32 features (see `fp4_as_e4m3`) instead of E4M3.
 
     Raises:
-        Refusal: shapes that do not belong together, or fewer padded rows than tokens.
+        ValueError: shapes that do not belong together, or fewer padded rows than tokens.
     """
     num_tokens, top_k = _check_tokens(x, topk_ids, topk_weights)
     rows = num_tokens if num_padded_tokens is None else num_padded_tokens
     if rows < num_tokens:
-        raise Refusal(f"num_padded_tokens {rows} is below the {num_tokens} tokens given: pad to at least the number of tokens.")
+        raise ValueError(f"num_padded_tokens {rows} is below the {num_tokens} tokens given: pad to at least as many.")
     padded = torch.zeros(rows, x.shape[1], dtype=x.dtype, device=x.device)
     padded[:num_tokens] = x
     x_q, x_scale = fp4_as_e4m3(padded) if fp4 else quantize_activations(padded, x.shape[1])
@@ -92,7 +91,7 @@ def mega_moe(
     ...).
 
     Returns bf16 [num_tokens, H] per rank; a token without a valid slot gets exact zeros. In FP64 the bits do not depend on the
-    number of ranks nor on the rest of the batch. Raises Refusal when ranks, experts, sizes or ids do not belong together.
+    number of ranks nor on the rest of the batch. Raises ValueError when ranks, experts, sizes or ids do not belong together.
     """
     hidden = expert_hidden(inputs, experts, num_experts=num_experts, swiglu_limit=swiglu_limit, compute_dtype=compute_dtype)
     slots = expert_slots(inputs, hidden, experts, num_experts=num_experts, fp8_combine=fp8_combine, compute_dtype=compute_dtype)
@@ -109,10 +108,10 @@ def fp8_mega(
     fp8_combine: bool = False,
     compute_dtype: torch.dtype = torch.float64,
 ) -> list[torch.Tensor]:
-    """`mega_moe` with E4M3 experts that have one FP32 scale per 128 x 128 block. Raises Refusal for any other kind of experts."""
+    """`mega_moe` with E4M3 experts that have one FP32 scale per 128 x 128 block. Raises ValueError for any other experts."""
     for rank, shard in enumerate(experts):
         if not isinstance(shard, Fp8BlockExperts | PackedFp8Experts):
-            raise Refusal(f"rank {rank} holds {type(shard).__name__}, but fp8_mega needs FP8 experts: use mega_moe for FP4.")
+            raise ValueError(f"rank {rank} holds {type(shard).__name__}, but fp8_mega needs FP8 experts: use mega_moe for FP4.")
     return mega_moe(
         inputs, experts, num_experts=num_experts, swiglu_limit=swiglu_limit, fp8_combine=fp8_combine, compute_dtype=compute_dtype
     )
@@ -221,13 +220,14 @@ def _local_ids(topk_ids: torch.Tensor, first_expert: int, experts: Experts) -> t
 
 
 def _check_tokens(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[int, int]:
-    """(num_tokens, top_k); raises Refusal when the three do not belong together."""
+    """(num_tokens, top_k); raises ValueError when the three do not belong together."""
     if x.dim() != 2 or not x.is_floating_point():
-        raise Refusal(f"x is {x.dtype} {list(x.shape)}: give bf16 [num_tokens, hidden_size].")
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}: give bf16 [num_tokens, hidden_size].")
     if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0] or topk_ids.dtype not in (torch.int32, torch.int64):
-        raise Refusal(f"topk_ids is {topk_ids.dtype} {list(topk_ids.shape)}: give int32 [{x.shape[0]}, top_k].")
+        raise ValueError(f"topk_ids is {topk_ids.dtype} {list(topk_ids.shape)}: give int32 [{x.shape[0]}, top_k].")
     if topk_weights.shape != topk_ids.shape or not topk_weights.is_floating_point():
-        raise Refusal(f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}: give float32 {list(topk_ids.shape)}.")
+        raise ValueError(f"topk_weights is {topk_weights.dtype} {list(topk_weights.shape)}: give float32 {list(topk_ids.shape)}.")
     if topk_ids.shape[1] > layout.MAX_TOP_K:
-        raise Refusal(f"top_k {topk_ids.shape[1]} is above {layout.MAX_TOP_K}, the limit of the fused kernel.")
-    return topk_ids.shape
+        raise ValueError(f"top_k {topk_ids.shape[1]} is above {layout.MAX_TOP_K}, the limit of the fused kernel.")
+    num_tokens, top_k = topk_ids.shape
+    return num_tokens, top_k

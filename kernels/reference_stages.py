@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from hopper_moe.kernels.reference_weights import Experts, Matrix, as_source
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
 from hopper_moe.quantization.codecs import dequantize_activations, quantize_activations
 
@@ -76,7 +75,7 @@ def expert_hidden(
 ) -> list[HiddenStage]:
     """hq of every (token, slot) of every rank. `experts[r]` holds the global ids r * E_local ... of rank r.
 
-    Raises Refusal when ranks, experts, sizes or ids do not belong together.
+    Raises ValueError when ranks, experts, sizes or ids do not belong together.
     """
     _check_layer(inputs, experts, num_experts)
     hidden_size, size = experts[0].hidden_size, experts[0].intermediate_size
@@ -84,9 +83,9 @@ def expert_hidden(
     x_scale = torch.cat([tokens.x_scale for tokens in inputs])
     topk_ids = torch.cat([tokens.topk_ids for tokens in inputs])
     if x_q.shape[1] != hidden_size:
-        raise Refusal(f"tokens of {x_q.shape[1]} features were given to experts of hidden_size {hidden_size}: check the layer.")
+        raise ValueError(f"tokens of {x_q.shape[1]} features were given to experts of hidden_size {hidden_size}.")
     if x_scale.shape[1] != 1:
-        raise Refusal(
+        raise ValueError(
             f"x_scale is {list(x_scale.shape)}, but a token has one scale: quantise whole rows, as `pre_dispatch` does."
         )
     top_k = topk_ids.shape[1]
@@ -152,16 +151,16 @@ def combine_slots(slots: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
 
 def _check_layer(inputs: Sequence[DispatchedTokens], experts: Sequence[Experts], num_experts: int) -> None:
     if len(inputs) != len(experts) or not experts:
-        raise Refusal(f"{len(inputs)} ranks of tokens and {len(experts)} ranks of experts were given: give one of each per rank.")
+        raise ValueError(f"{len(inputs)} ranks of tokens and {len(experts)} ranks of experts were given, not one of each.")
     per_rank = [shard.num_experts for shard in experts]
     if len(set(per_rank)) != 1 or sum(per_rank) != num_experts:
-        raise Refusal(
+        raise ValueError(
             f"ranks hold {per_rank} experts, which are not equal shares of num_experts {num_experts}: check the sharding."
         )
     for rank, tokens in enumerate(inputs):
         if tokens.topk_ids.numel() and int(tokens.topk_ids.max()) >= num_experts:
             found = int(tokens.topk_ids.max())
-            raise Refusal(
+            raise ValueError(
                 f"rank {rank} routes a token to expert {found}, above the last expert {num_experts - 1}: check topk_ids."
             )
 

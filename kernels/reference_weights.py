@@ -5,9 +5,9 @@ from typing import Protocol
 
 import torch
 
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
 from hopper_moe.quantization.codecs import as_bytes, dequantize_mxfp4
+from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.packing import PackedExperts, check_checkpoint_shapes, unpack_w2, unpack_w13
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts, unpack_fp8_w2, unpack_fp8_w13
 
@@ -32,27 +32,12 @@ class ExpertSource(Protocol):
     def w2(self, expert: int, dtype: torch.dtype) -> Matrix: ...
 
 
-class PackedSource:
-    """Packed FP4 experts (`quantization.packing`), read through the inverse of the packing."""
-
-    def __init__(self, packed: PackedExperts) -> None:
-        self._packed = packed
-        self.num_experts = packed.num_experts
-        self.hidden_size = packed.hidden_size
-        self.intermediate_size = packed.intermediate_size
-
-    def w13(self, expert: int, dtype: torch.dtype) -> Matrix:
-        return Matrix(dequantize_mxfp4(*unpack_w13(self._packed, expert), dtype))
-
-    def w2(self, expert: int, dtype: torch.dtype) -> Matrix:
-        return Matrix(dequantize_mxfp4(*unpack_w2(self._packed, expert), dtype))
-
-
 class Mxfp4Experts:
     """FP4 experts as the checkpoint has them: any span of scales, sizes in multiples of 32.
 
     w13 int8 or uint8 [E, 2I, H/2] (rows `[w1; w3]`), w13_scale uint8 or float8_e8m0fnu [E, 2I, H/32], w2 [E, H, I/2],
-    w2_scale [E, H, I/32]. Raises Refusal for shapes or types that do not belong together and for NaN scales.
+    w2_scale [E, H, I/32]. Raises ValueError for shapes or types that do not belong together, `Refusal` for NaN
+    scales.
     """
 
     def __init__(self, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
@@ -76,8 +61,8 @@ class Fp8BlockExperts:
     """Block-scaled E4M3 experts: one FP32 scale per 128 x 128 block.
 
     w13 float8_e4m3fn [E, 2I, H] (rows `[w1; w3]`), w13_scale FP32 [E, ceil(2I/128), ceil(H/128)], w2 float8_e4m3fn [E, H, I],
-    w2_scale FP32 [E, ceil(H/128), ceil(I/128)]. Raises Refusal for anything else, and for I % 128 != 0 (a block would mix w1 and
-    w3).
+    w2_scale FP32 [E, ceil(H/128), ceil(I/128)]. Raises ValueError for anything else, `Refusal` for I % 128 != 0 (a block would
+    mix w1 and w3).
     """
 
     def __init__(self, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor) -> None:
@@ -94,9 +79,10 @@ class Fp8BlockExperts:
         ):
             blocks = tuple(-(-size // layout.FP8_BLOCK) for size in shape)
             if weight.dtype is not torch.float8_e4m3fn or tuple(weight.shape[1:]) != shape or weight.shape[0] != self.num_experts:
-                raise Refusal(f"{name} is {weight.dtype} {list(weight.shape)}, not float8_e4m3fn {[self.num_experts, *shape]}.")
+                wanted = [self.num_experts, *shape]
+                raise ValueError(f"{name} is {weight.dtype} {list(weight.shape)}, not float8_e4m3fn {wanted}.")
             if scale.dtype is not torch.float32 or tuple(scale.shape) != (self.num_experts, *blocks):
-                raise Refusal(f"{name}_scale is {scale.dtype} {list(scale.shape)}, not float32 {[self.num_experts, *blocks]}.")
+                raise ValueError(f"{name}_scale is {scale.dtype} {list(scale.shape)}, not float32 {[self.num_experts, *blocks]}.")
         self._tensors = (w13, w13_scale, w2, w2_scale)
 
     def w13(self, expert: int, dtype: torch.dtype) -> Matrix:
@@ -111,19 +97,23 @@ class Fp8BlockExperts:
         return Matrix(weight.to(dtype), scale.to(dtype).repeat_interleave(layout.FP8_BLOCK, 0)[: weight.shape[0]])
 
 
-class PackedFp8Source:
-    """Packed FP8 experts (`quantization.packing_fp8`), read through the inverse of the packing."""
+class PackedSource:
+    """Packed experts, FP4 or FP8, read through the inverse of their packing."""
 
-    def __init__(self, packed: PackedFp8Experts) -> None:
+    def __init__(self, packed: PackedExperts | PackedFp8Experts) -> None:
         self._packed = packed
         self.num_experts = packed.num_experts
         self.hidden_size = packed.hidden_size
         self.intermediate_size = packed.intermediate_size
 
     def w13(self, expert: int, dtype: torch.dtype) -> Matrix:
+        if isinstance(self._packed, PackedExperts):
+            return Matrix(dequantize_mxfp4(*unpack_w13(self._packed, expert), dtype))
         return Fp8BlockExperts.matrix(*unpack_fp8_w13(self._packed, expert), dtype)
 
     def w2(self, expert: int, dtype: torch.dtype) -> Matrix:
+        if isinstance(self._packed, PackedExperts):
+            return Matrix(dequantize_mxfp4(*unpack_w2(self._packed, expert), dtype))
         return Fp8BlockExperts.matrix(*unpack_fp8_w2(self._packed, expert), dtype)
 
 
@@ -132,6 +122,4 @@ Experts = PackedExperts | PackedFp8Experts | ExpertSource  # the latter: Mxfp4Ex
 
 def as_source(experts: Experts) -> ExpertSource:
     """Packed experts through their unpacking; any other source as it is."""
-    if isinstance(experts, PackedExperts):
-        return PackedSource(experts)
-    return PackedFp8Source(experts) if isinstance(experts, PackedFp8Experts) else experts
+    return PackedSource(experts) if isinstance(experts, PackedExperts | PackedFp8Experts) else experts

@@ -1,7 +1,7 @@
-"""One buffer of the same size on every rank of a group, which all of them can address (torch.distributed._symmetric_memory).
+"""A buffer of the same size on every rank of a group, addressable by all of them (torch.distributed._symmetric_memory).
 
-NVLink multicast stays off: it is off on many hosts and can take a shared host's GPUs out of service. The kernels use plain loads,
-stores and flags through the peers' pointers only.
+NVLink multicast is not used: it is disabled on many hosts and can take a shared host's GPUs out of service. The kernels use only
+plain loads, stores and flags through the peers' pointers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from hopper_moe.moe_backends.errors import Refusal
-
-MAX_RANKS = 8  # kMaxRanks in csrc/layout.cuh
+from hopper_moe.quantization.errors import Refusal
+from hopper_moe.quantization.layout import MAX_RANKS
 
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where a rank runs: its host, its GPU, and the visible GPUs that this GPU cannot access (UUIDs)."""
+    """Host and GPU of a rank, and the UUIDs of visible GPUs that this GPU cannot access."""
 
     host: str
     uuid: str
@@ -54,9 +53,8 @@ def check_places(everyone: Sequence[RankPlace], num_experts: int) -> None:
     hosts = sorted({place.host for place in everyone})
     if len(hosts) > 1:
         raise Refusal(
-            f"the expert-parallel group spans {len(hosts)} hosts ({', '.join(hosts)}), but the fused exchange reaches GPUs "
-            f"of one NVLink "
-            "domain only: use one expert-parallel group per host."
+            f"the expert-parallel group spans {len(hosts)} hosts ({', '.join(hosts)}), but the fused exchange reaches GPUs of "
+            "one NVLink domain only: use one expert-parallel group per host (--pp-size), or DeepEP between hosts."
         )
     owner: dict[str, int] = {}
     for rank, place in enumerate(everyone):
@@ -69,9 +67,8 @@ def check_places(everyone: Sequence[RankPlace], num_experts: int) -> None:
         for uuid in place.unreachable:
             if uuid in owner:
                 raise Refusal(
-                    f"rank {rank}'s GPU cannot access that of rank {owner[uuid]} (no NVLink peer access): the fused "
-                    f"exchange needs GPUs "
-                    "that reach each other: choose other GPUs, or HOPPER_MOE_KERNEL=w4a16, whose tokens SGLang's "
+                    f"rank {rank}'s GPU cannot access that of rank {owner[uuid]} (no NVLink peer access): the fused exchange "
+                    "needs GPUs that reach each other: choose other GPUs, or HOPPER_MOE_KERNEL=w4a16, whose tokens SGLang's "
                     "collectives move."
                 )
 
@@ -115,13 +112,13 @@ class SymmetricBuffer:
         return len(self.rank_bases)
 
     def barrier(self) -> None:
-        """Returns when every rank has got here and all of its work on the device before is done."""
+        """Return when every rank has called it and all its earlier device work is done."""
         torch.cuda.synchronize(self.tensor.device)
         if self._group is not None:
             dist.barrier(self._group)
 
     def destroy(self) -> None:
-        """Gives the memory back, when no rank uses it any more. Collective; the buffer is unusable afterwards."""
+        """Free the memory once no rank uses it any more. Collective; the buffer is unusable afterwards."""
         self.barrier()
         del self.tensor
         self._handle, self.rank_bases = None, []

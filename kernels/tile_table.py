@@ -1,19 +1,26 @@
-"""How many tokens one WGMMA tile takes: one printable table per SKU, applied to every expert at run time on the device.
+"""Tokens per WGMMA tile: one printable table per GPU type, applied to every expert on the device at run time.
 
-An expert with `count` rows is cut into blocks of `max_tile` rows and one last block whose tile the table gives for the rest. The
-tile never changes a result's bits (the order of k does not depend on it), only its time. Neither does L1's taking two blocks of
-the widest tile at once.
+The rows of an expert are divided into blocks of `max_tile` rows and one last block, whose tile the table gives for the remaining
+rows. Tiles, and pairs of blocks in L1, change only the time and never the bits of a result, since the order of k does not depend
+on them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.kernels import measured
+from hopper_moe.kernels.device import Device
+
+logger = logging.getLogger("hopper_moe")
 
 TILES = (8, 16, 32, 64, 96, 128)
 MAX_TILE = 128
-PAIR_FROM = 12  # Flash 1024 and 1536 tokens 0.7 % faster than with 6, 2048 and more the same
+PAIR_FROM = 12  # default of tables that were not measured
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,14 @@ class TileTable:
 
     def __post_init__(self) -> None:
         if self.max_tile not in TILES:
-            raise Refusal(f"max_tile {self.max_tile} is not one of the built tiles {list(TILES)}.")
+            raise ValueError(f"max_tile {self.max_tile} is not one of the built tiles {list(TILES)}.")
         if len(self.tail_tile) != MAX_TILE // 8 + 1:
-            raise Refusal(f"tail_tile has {len(self.tail_tile)} entries, not {MAX_TILE // 8 + 1} (0, 8, ... 128 rows).")
+            raise ValueError(f"tail_tile has {len(self.tail_tile)} entries, not {MAX_TILE // 8 + 1} (0, 8, ... 128 rows).")
         if not 0 <= self.pair_from < 1 << 16:
-            raise Refusal(f"pair_from {self.pair_from} is not in 0..{(1 << 16) - 1} L1 tasks per SM.")
+            raise ValueError(f"pair_from {self.pair_from} is not in 0..{(1 << 16) - 1} L1 tasks per SM.")
         for eighths, tile in enumerate(self.tail_tile[: self.max_tile // 8 + 1]):
             if tile not in TILES or not eighths * 8 <= tile <= self.max_tile:
-                raise Refusal(f"tile {tile} for up to {eighths * 8} rows is not a built tile {list(TILES)} that holds them.")
+                raise ValueError(f"tile {tile} for up to {eighths * 8} rows is not a built tile {list(TILES)} that holds them.")
 
     def as_list(self) -> list[int]:
         """As the library takes it."""
@@ -61,26 +68,28 @@ def forced_tile(tile: int) -> TileTable:
     return TileTable(tile, (tile,) * (MAX_TILE // 8 + 1))
 
 
-# SKU (torch.cuda device name contains the key) -> table. A measured one says on what; the others are the smallest tile that fits.
-# `python -m hopper_moe.kernels.benchmarks.tune_tiles --write` rewrites a line between the marks.
-# begin tables
-TABLES = {
-    "H200": smallest_tiles(),
-    "H100": smallest_tiles(),
-    "H20": smallest_tiles(),
-}
-# end tables
+def keep(sku: str, table: TileTable, note: str, path: Path = measured.PATH) -> Path:
+    """Write the table of a GPU type into section `tiles`, replacing an older one; `note`: what it was measured on. Returns the
+    path."""
+    record = {"sku": sku, **dataclasses.asdict(table), "note": note}
+    return measured.put("tiles", [record], lambda record: record["sku"], path)
 
 
-def sku_of(device_name: str) -> str:
-    """The key of a GPU in TABLES. Longest key first, since "H20" is part of "H200". Refuses an unknown SKU."""
-    for sku in sorted(TABLES, key=len, reverse=True):
-        if sku in device_name:
-            return sku
-    known = sorted(TABLES)
-    raise Refusal(f"no tile table for {device_name!r}: known are {known}; measure one with kernels/benchmarks/tune_tiles.py.")
+def tables(path: Path = measured.PATH) -> dict[str, TileTable]:
+    """Label of a measured GPU type -> its table."""
+    return {
+        record["sku"]: TileTable(record["max_tile"], tuple(record["tail_tile"]), record["pair_from"])
+        for record in measured.read(path)["tiles"]
+    }
 
 
-def table_for(device_name: str) -> TileTable:
-    """The table of a GPU by its name. Refuses an unknown SKU."""
-    return TABLES[sku_of(device_name)]
+@functools.cache
+def table_for(device: Device, path: Path = measured.PATH) -> TileTable:
+    """The table of any SM90 GPU: the one measured on it, else that of the nearest measured GPU. Logs which, once."""
+    known = tables(path)
+    picked = measured.pick(device, known, path)
+    if picked is None:
+        logger.info("token tiles: the smallest that hold the rows, since no GPU was measured")
+        return smallest_tiles()
+    logger.info("token tiles of %s: %s", picked.sku, picked.reason)
+    return known[picked.sku]

@@ -1,7 +1,7 @@
 """MXFP4 experts with BF16 activations: FlashInfer's SM90 mixed-input `cutlass_fused_moe`. Meaning: `reference.w4a16`.
 
-FlashInfer compiles the library on the spot (minutes); `build` does it ahead of time. Which of its tiles runs is measured once per
-shape (`tune`), so the last bits of a result may differ between two starts of a server; nothing else depends on it.
+FlashInfer compiles the library at first use (minutes); `build` does it ahead of time. Its tiles are measured once per shape
+(`tune`), so the last bits of a result may differ between two starts of a server.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.kernels import jit
+from hopper_moe.kernels.device import require_sm90
 from hopper_moe.quantization import layout
+from hopper_moe.quantization.errors import Refusal
 
 if TYPE_CHECKING:
+    from hopper_moe.kernels.shard import ExpertShard
     from hopper_moe.quantization.packing_w4a16 import InterleavedExperts
 
 logger = logging.getLogger("hopper_moe")
@@ -34,8 +37,10 @@ def require_flashinfer() -> None:
 
 
 def _jit_spec():
-    """FlashInfer's recipe of the library."""
-    if not torch.cuda.is_available():  # FlashInfer asks the GPU at its import which architecture to compile for
+    """FlashInfer's build specification of the library. Raises Refusal if its import needs a home folder that is missing."""
+    if "FLASHINFER_WORKSPACE_BASE" not in os.environ and not os.path.isabs(os.path.expanduser("~")):
+        raise Refusal("FlashInfer keeps its library in the home folder, and this user has none: set FLASHINFER_WORKSPACE_BASE.")
+    if not torch.cuda.is_available():  # FlashInfer reads the architecture to compile for from the GPU, at import
         os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     from flashinfer.jit.fused_moe import gen_cutlass_fused_moe_sm90_module
 
@@ -48,9 +53,22 @@ def library_path() -> Path:
     return Path(_jit_spec().get_library_path())
 
 
+def require_library() -> None:
+    """Raises Refusal when FlashInfer would have to compile its library without nvcc, which would otherwise fail during a
+    request."""
+    path = library_path()
+    if not path.exists() and jit.nvcc_if_any() is None:
+        raise Refusal(
+            f"w4a16 needs FlashInfer's library {path}, which is not there, and there is no nvcc on PATH or under CUDA_HOME to "
+            "compile it: install the CUDA 13 toolkit or FlashInfer's wheel of compiled kernels (flashinfer-jit-cache), or use "
+            "HOPPER_MOE_KERNEL=mxfp4_mega, which needs no compiler once it is built."
+        )
+
+
 def build() -> Path:
-    """Compiles FlashInfer's library unless it is there (nvcc, tens of minutes of one core; needs no GPU); returns its path."""
-    require_flashinfer()
+    """Compiles FlashInfer's library unless it is there (nvcc, tens of minutes of one core; needs no GPU); returns its path.
+    Raises Refusal without nvcc."""
+    require_library()
     spec = _jit_spec()
     if not spec.is_compiled:
         takes_verbose = "verbose" in inspect.signature(spec.build).parameters  # 0.6 demands it, 0.7 has none
@@ -71,49 +89,27 @@ def tuning_batch(
 class W4A16:
     """The layer for one shape; shared by all layers of a model. CUDA-graph capturable; takes its workspace per call."""
 
-    def __init__(
-        self,
-        *,
-        num_tokens_capacity: int,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        top_k: int,
-        num_local_experts: int | None = None,
-        first_expert: int = 0,
-        swiglu_limit: float | None,
-        device: torch.device | str = "cuda",
-        fused_finalize: bool = False,
-    ) -> None:
+    def __init__(self, shard: ExpertShard, device: torch.device | str = "cuda") -> None:
         """Checks the shape; loads nothing.
-
-        Args:
-            num_tokens_capacity: most tokens one call may bring.
-            num_experts: size of the id space of `topk_ids`; this object computes `first_expert .. + num_local_experts - 1`
-                (default: all).
-            fused_finalize: sum the slots with atomics in the second GEMM, in another order in every run. What SGLang 0.5.17 does;
-                for comparison.
 
         Raises:
             Refusal: sizes that the kernel does not take, FlashInfer missing, or a device that is no SM90 GPU.
         """
-        layout.check_shape(hidden_size, intermediate_size, num_experts, top_k)
-        num_local_experts = num_experts if num_local_experts is None else num_local_experts
-        if num_experts % num_local_experts or first_expert % num_local_experts or not 0 <= first_expert < num_experts:
+        layout.check_shape(shard.hidden_size, shard.intermediate_size, shard.num_experts, shard.top_k)
+        first, share = shard.first_expert, shard.num_local_experts
+        if shard.num_experts % share or first % share or not 0 <= first < shard.num_experts:
             raise Refusal(
-                f"experts {first_expert}..{first_expert + num_local_experts - 1} of {num_experts} are not one of equal shares, "
-                "which is all that w4a16 can hold: use another kernel."
+                f"experts {first}..{first + share - 1} of {shard.num_experts} are not one of equal shares, which is all that "
+                "w4a16 can hold: use another kernel."
             )
         require_flashinfer()
-        self.device = torch.device(device)
-        if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) != (9, 0):
-            raise Refusal(f"device {device} is no SM90 GPU (H20, H100, H200): use HOPPER_MOE_KERNEL=reference there.")
-        self.hidden_size, self.intermediate_size, self.top_k = hidden_size, intermediate_size, top_k
-        self.num_experts, self.num_local_experts, self.first_expert = num_experts, num_local_experts, first_expert
-        self.capacity, self._fused_finalize, self._is_tuned = num_tokens_capacity, fused_finalize, False
+        self.device = require_sm90(device)
+        require_library()
+        self.shard, self._is_tuned = shard, False
         self._limit = None
-        if swiglu_limit is not None:
-            self._limit = torch.full((num_local_experts,), swiglu_limit, dtype=torch.float32, device=self.device)
+        if shard.swiglu_limit is not None:
+            self._limit = torch.full((share,), shard.swiglu_limit, dtype=torch.float32, device=self.device)
+        self.kept_tensors = () if self._limit is None else (self._limit,)
 
     def __call__(
         self,
@@ -140,12 +136,15 @@ class W4A16:
         from hopper_moe.kernels.merge_slots import merge_repeated
 
         num_tokens = hidden_states.shape[0]
-        if num_tokens > self.capacity:
-            raise Refusal(f"{num_tokens} tokens are above the capacity {self.capacity}: raise HOPPER_MOE_MAX_TOKENS_PER_RANK.")
+        shard = self.shard
+        if num_tokens > shard.max_tokens_per_rank:
+            raise Refusal(
+                f"{num_tokens} tokens are above the capacity {shard.max_tokens_per_rank}: raise HOPPER_MOE_MAX_TOKENS_PER_RANK."
+            )
         y = torch.empty_like(hidden_states) if out is None else out
         if num_tokens == 0:
             return y
-        # FlashInfer counts an expert once per token: a second slot's row would be whatever lies there.
+        # FlashInfer counts an expert once per token: a second slot would read an uninitialised row.
         topk_ids, topk_weights = merge_repeated(topk_ids, topk_weights)
         cutlass_fused_moe(
             input=hidden_states,
@@ -156,12 +155,12 @@ class W4A16:
             output_dtype=torch.bfloat16,
             quant_scales=[experts.w13_interleaved_scale.view(torch.int32), experts.w2_interleaved_scale.view(torch.int32)],
             swiglu_limit=self._limit,
-            ep_size=self.num_experts // self.num_local_experts,
-            ep_rank=self.first_expert // self.num_local_experts,
+            ep_size=shard.num_ranks,
+            ep_rank=shard.first_expert // shard.num_local_experts,
             output=y,
             use_w4_group_scaling=True,
-            use_fused_finalize=self._fused_finalize,
-            tune_max_num_tokens=min(self.capacity, MAX_TUNED_TOKENS),
+            use_fused_finalize=False,  # it sums slots with atomics, in another order in every run
+            tune_max_num_tokens=min(shard.max_tokens_per_rank, MAX_TUNED_TOKENS),
         )
         return y
 
@@ -171,10 +170,9 @@ class W4A16:
 
         if self._is_tuned:
             return
-        started = time.monotonic()
-        batch = tuning_batch(
-            min(self.capacity, MAX_TUNED_TOKENS), self.hidden_size, self.top_k, self.num_experts, self.device
-        )
+        started, shard = time.monotonic(), self.shard
+        num_tokens = min(shard.max_tokens_per_rank, MAX_TUNED_TOKENS)
+        batch = tuning_batch(num_tokens, shard.hidden_size, shard.top_k, shard.num_experts, self.device)
         with autotune(True):
             self(*batch, experts)
         torch.cuda.synchronize(self.device)

@@ -22,7 +22,7 @@ def interleaved_times(
 ) -> dict[str, list[float]]:
     """`replay_times` of several runs whose launches take turns, so that a clock that changes changes for all of them."""
     launches = {name: _launchable(run, graph) for name, run in runs.items()}
-    events = {name: [] for name in runs}
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
     for turn in range(2 + num_launches):
         for name, launch in launches.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

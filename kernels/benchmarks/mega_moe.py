@@ -13,12 +13,14 @@ import itertools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from hopper_moe.kernels import measured
 from hopper_moe.kernels.benchmarks import measure, report
 from hopper_moe.kernels.benchmarks.options import ListCommand, commit_option
 from hopper_moe.kernels.benchmarks.ranks import check_ranks, run_on_ranks
@@ -27,13 +29,14 @@ from hopper_moe.kernels.benchmarks.workload import (
     SHAPES,
     ModelShape,
     make_layer,
-    random_experts,
+    random_checkpoint,
     random_routing,
     random_tokens,
+    widen_rows,
 )
-from hopper_moe.kernels.tile_table import sku_of
-from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.quantization.packing import PackedExperts
+from hopper_moe.kernels.device import Device, current_device
+from hopper_moe.quantization.errors import Refusal
+from hopper_moe.quantization.packing import PackedExperts, WidePackedExperts, pack_experts
 
 KERNEL = "mxfp4_mega"
 NUM_LAUNCHES = 50  # timed, per token count
@@ -48,7 +51,7 @@ def calls_per_launch(num_tokens: int) -> int:
 def copies_of(packed: PackedExperts, count: int) -> list[PackedExperts]:
     """`packed` and count - 1 clones."""
     fields = [field.name for field in dataclasses.fields(packed)]
-    return [packed] + [PackedExperts(*(getattr(packed, name).clone() for name in fields)) for _ in range(count - 1)]
+    return [packed] + [type(packed)(*(getattr(packed, name).clone() for name in fields)) for _ in range(count - 1)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,16 @@ class Setup:
     graph: bool
     fp8_combine: bool
     fp4_dispatch: bool
+    scales: str  # of SCALES
     seed: int
+
+
+SCALES: dict[str, tuple[type[PackedExperts], float]] = {
+    "normal": (PackedExperts, 0.0),
+    "normal_on_wide": (WidePackedExperts, 0.0),
+    "wide": (WidePackedExperts, 0.01),
+}
+"""Format of the weights, and the share of their rows whose scales span 12 to 28 octaves."""
 
 
 class LayerBenchmark:
@@ -73,16 +85,24 @@ class LayerBenchmark:
         self.rank, self.num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self.num_experts = setup.local_experts * self.num_ranks
         self.generator = torch.Generator("cuda").manual_seed(setup.seed + self.rank)
-        self.weights = copies_of(random_experts(self.shape, setup.local_experts, self.generator), WEIGHT_COPIES)
-        options = {"fp8_combine": setup.fp8_combine, "fp4_dispatch": setup.fp4_dispatch}
-        self.layer = make_layer(self.shape, self.num_experts, max(setup.tokens), group=group, **options)
+        weights, wide_share = SCALES[setup.scales]
+        checkpoint = random_checkpoint(self.shape, setup.local_experts, self.generator)
+        checkpoint = widen_rows(checkpoint, wide_share, self.generator) if wide_share else checkpoint
+        self.weights = copies_of(pack_experts(*checkpoint, weights), WEIGHT_COPIES)
+        self.layer = make_layer(
+            self.shape,
+            self.num_experts,
+            max(setup.tokens),
+            group=group,
+            weights=weights,
+            fp8_combine=setup.fp8_combine,
+            fp4_dispatch=setup.fp4_dispatch,
+        )
 
     def measure(self, num_tokens: int) -> tuple[list[float], float, float]:
         """(us per call of every timed launch, median us of the fused kernel alone, mean number of experts touched here)."""
         shape, num_calls, routing = self.shape, calls_per_launch(num_tokens), self.setup.routing
-        routings = [
-            random_routing(num_tokens, self.num_experts, shape.top_k, routing, self.generator) for _ in range(num_calls)
-        ]
+        routings = [random_routing(num_tokens, self.num_experts, shape.top_k, routing, self.generator) for _ in range(num_calls)]
         inputs = [(random_tokens(shape, num_tokens, self.generator), *routing) for routing in routings]
         y = torch.empty(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
         weights = list(itertools.islice(itertools.cycle(self.weights), num_calls))
@@ -112,16 +132,45 @@ def measure_rank(group: dist.ProcessGroup | None, setup: Setup) -> list[tuple[li
     return [benchmark.measure(num_tokens) for num_tokens in sizes]
 
 
-def check_run(ranks: int, tokens: tuple[int, ...], local_experts: int, shape: ModelShape) -> None:
-    """Raises Refusal for a run that cannot be."""
+def rows_of(
+    setup: Setup, by_rank: list[list[tuple[list[float], float, float]]], ceilings: tuple[float, float], of_run: dict[str, Any]
+) -> tuple[list[report.Measurement], list[float]]:
+    """(a line of results per token count, us of the fused kernel alone) from what every rank measured; times are rank 0's.
+
+    `ceilings`, `of_run`: see `Measurement.of`.
+    """
+    shape, rows, alone = SHAPES[setup.shape_name], [], []
+    for num_tokens, of_ranks in zip(setup.tokens, zip(*by_rank, strict=True), strict=True):
+        times, kernel_us, touched = of_ranks[0]
+        alone.append(kernel_us)
+        rows.append(
+            report.Measurement.of(
+                measure.spread(times),
+                slowest=max(statistics.median(times) for times, _, _ in of_ranks),
+                touched=touched,
+                num_bytes=report.weight_bytes(shape, touched),
+                ceilings=ceilings,
+                local_experts=setup.local_experts,
+                tokens=num_tokens,
+                routing=setup.routing,
+                graph=setup.graph,
+                **of_run,
+            )
+        )
+    return rows, alone
+
+
+def check_run(ranks: int, tokens: tuple[int, ...], local_experts: int, shape: ModelShape) -> Device:
+    """The GPU of a run. Raises Refusal for a run that cannot be."""
     if ranks != 1:
         check_ranks(ranks)
     if min(tokens) < 1:
         raise Refusal(f"--tokens {min(tokens)} is below 1: there is nothing to time.")
     if local_experts < shape.top_k:
         raise Refusal(f"--local-experts {local_experts} is below top_k {shape.top_k}: a token needs that many distinct experts.")
-    if not torch.cuda.is_available():
-        raise Refusal("this machine has no CUDA GPU: benchmarks need an SM90 GPU (H20, H100, H200).")
+    if (device := current_device()) is None:
+        raise Refusal("this machine has no CUDA GPU: benchmarks need an SM90 GPU (Hopper).")
+    return device
 
 
 def deep_gemm_note() -> str:
@@ -149,6 +198,13 @@ def deep_gemm_note() -> str:
 @click.option("--graph/--no-graph", default=True, show_default=True, help="Time CUDA graphs, or eager calls.")
 @click.option("--fp8-combine", is_flag=True, help="Expert outputs travel as E4M3 (changes the result).")
 @click.option("--fp4-dispatch", is_flag=True, help="Tokens travel as E2M1 (changes the result).")
+@click.option(
+    "--scales",
+    type=click.Choice(list(SCALES)),
+    default="normal",
+    show_default=True,
+    help="Weights in the normal format, the same in the wide one, or 1 % of the rows over 12 to 28 octaves.",
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the JSON lines and the plot.")
 @click.option(
     "--compare", type=click.Choice(["deep_gemm"]), help="Also time the installed DeepGEMM FP8 MegaMoE, when it is there."
@@ -164,6 +220,7 @@ def main(
     graph: bool,
     fp8_combine: bool,
     fp4_dispatch: bool,
+    scales: str,
     out: Path | None,
     compare: str | None,
     commit: str,
@@ -177,36 +234,17 @@ def main(
     """
     shape = SHAPES[shape_name]
     num_experts = shape.local_experts if local_experts is None else local_experts
-    check_run(ranks, tokens, num_experts, shape)
+    device = check_run(ranks, tokens, num_experts, shape)
     if compare is not None:
         click.echo(deep_gemm_note())
-    sku = sku_of(torch.cuda.get_device_name())
+    sku = measured.label(device)
     hbm, fp8 = measure.hbm_read_tbps(), measure.fp8_matmul_tflops()
-    setup = Setup(shape_name, tokens, num_experts, routing, graph, fp8_combine, fp4_dispatch, seed)
+    setup = Setup(shape_name, tokens, num_experts, routing, graph, fp8_combine, fp4_dispatch, scales, seed)
+    options = {"fp8_combine": fp8_combine, "fp4_dispatch": fp4_dispatch, scales: scales != "normal"}
+    variant = [name for name, is_on in options.items() if is_on]
     by_rank = [measure_rank(None, setup)] if ranks == 1 else run_on_ranks(ranks, measure_rank, setup)
-    rows, alone = [], []
-    for num_tokens, measured in zip(tokens, zip(*by_rank, strict=True), strict=True):
-        slowest = max(statistics.median(times) for times, _, _ in measured)
-        times, kernel_us, touched = measured[0]
-        alone.append(kernel_us)
-        rows.append(
-            report.Measurement.of(
-                measure.spread(times),
-                slowest=slowest,
-                touched=touched,
-                num_bytes=report.weight_bytes(shape, touched),
-                ceilings=(hbm, fp8),
-                kernel=KERNEL + "+fp8_combine" * fp8_combine + "+fp4_dispatch" * fp4_dispatch,
-                sku=sku,
-                shape=shape_name,
-                ranks=ranks,
-                local_experts=num_experts,
-                tokens=num_tokens,
-                routing=routing,
-                graph=graph,
-                commit=commit,
-            )
-        )
+    of_run = {"kernel": "+".join((KERNEL, *variant)), "sku": sku, "shape": shape_name, "ranks": ranks, "commit": commit}
+    rows, alone = rows_of(setup, by_rank, (hbm, fp8), of_run)
     calls = " to ".join(str(calls_per_launch(size)) for size in sorted({min(tokens), max(tokens)}))
     click.echo(
         f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: "
@@ -216,8 +254,8 @@ def main(
         f"us/call: pre-dispatch and fused kernel; kernel us: fused kernel alone\n{report.table(rows, alone)}"
     )
     if out is not None:
-        variant = f"{'_fp8_combine' * fp8_combine}{'_fp4_dispatch' * fp4_dispatch}{'' if graph else '_eager'}"
-        keep(rows, out / f"{sku.lower()}{f'x{ranks}' * (ranks > 1)}_{shape_name}_{routing}{variant}")
+        suffix = "".join(f"_{name}" for name in (*variant, *(() if graph else ("eager",))))
+        keep(rows, out / f"{report.file_label(sku)}{f'x{ranks}' * (ranks > 1)}_{shape_name}_{routing}{suffix}")
 
 
 def keep(rows: list[report.Measurement], stem: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 
 def current_commit() -> str:

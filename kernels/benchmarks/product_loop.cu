@@ -1,5 +1,6 @@
-// The math warps' product loop alone, with 128 tokens a tile, on every SM: cycles per chunk of 128 rows x 128 tokens x 128 k, of which the
-// tensor cores need 512. With and without the copies that feed it, and the copies alone. Built and run by product_loop.py.
+// The math warps' product loop alone, with 128 tokens a tile, on every SM: cycles per chunk of 128 rows x 128 tokens x
+// 128 k, of which the tensor cores need 512. With and without the copies that feed it, and the copies alone. Built and
+// run by product_loop.py.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -17,23 +18,26 @@ namespace {
 constexpr int kTile = 128, kTokenBlocks = 64, kExperts = 4, kThreads = 32 * (kMathWarps + 4);
 constexpr int kSharedBytes = kNumStages * kStageBytes;
 enum class Parts { kLoop, kLoopAndCopies, kCopies };
-enum class Product { kL1, kL1Pairs, kL2 };   // pairs: two token blocks a task
+enum class Product { kL1, kL1Pairs, kL2 };  // pairs: two token blocks a task
 
 struct Inputs {
-  const uint8_t *weights, *tokens;   // FP4 units or E4M3 tiles; E4M3 [block][k / 128][kTile][128]
+  const uint8_t *weights, *tokens;  // FP4 units or E4M3 tiles; E4M3 [block][k / 128][kTile][128]
   const float* scales;
-  float* sums;                       // so that nothing is optimised away
-  uint32_t* cycles;                  // of one CTA
+  float* sums;       // so that nothing is optimised away
+  uint32_t* cycles;  // of one CTA
 };
 
 // Tasks in the kernel's order: neighbouring CTAs share a token block, 12 token blocks in a row an expert.
 template <Product kProduct>
 struct Task {
   static constexpr bool kL1 = kProduct != Product::kL2;
-  static constexpr int kBlocks = kProduct == Product::kL1Pairs ? 2 : 1, kChunks = kL1 ? 32 : 16, kPasses = kL1 ? 2 : 1, kRowTiles = kL1 ? 16 : 32;
+  static constexpr int kBlocks = kProduct == Product::kL1Pairs ? 2 : 1, kChunks = kL1 ? 32 : 16, kPasses = kL1 ? 2 : 1,
+                       kRowTiles = kL1 ? 16 : 32;
   int block, row_tile, expert;
   __device__ explicit Task(int number)
-      : block(number / kRowTiles * kBlocks % kTokenBlocks), row_tile(number % kRowTiles), expert(number / (12 / kBlocks * kRowTiles) % kExperts) {}
+      : block(number / kRowTiles * kBlocks % kTokenBlocks),
+        row_tile(number % kRowTiles),
+        expert(number / (12 / kBlocks * kRowTiles) % kExperts) {}
 };
 
 template <Parts kParts, Product kProduct>
@@ -42,7 +46,8 @@ __device__ void produce_weights(const Inputs& in, const Ring& ring, int num_task
   StageCursor cursor(ring);
   for (int i = 0; i < num_tasks; ++i) {
     const T task(i * gridDim.x + blockIdx.x);
-    const uint8_t* from = in.weights + (int64_t{task.expert} * T::kRowTiles + task.row_tile) * T::kPasses * T::kChunks * kRowTileBytes;
+    const uint8_t* from =
+        in.weights + (int64_t{task.expert} * T::kRowTiles + task.row_tile) * T::kPasses * T::kChunks * kRowTileBytes;
     for (int chunk = 0; chunk < T::kPasses * T::kChunks; ++chunk, from += kRowTileBytes, cursor.advance()) {
       const uint32_t full = cursor.stage().full(), data = cursor.stage().data;
       cursor.wait_empty();
@@ -51,7 +56,8 @@ __device__ void produce_weights(const Inputs& in, const Ring& ring, int num_task
       } else {
         ptx::mbarrier_arrive_expect_tx(full, kRowTileBytes + kBlockScaleBytes);
         ptx::bulk_load(data + stage_weights(kTile), from, kRowTileBytes, full, ptx::kEvictNormal);
-        if constexpr (kFp8Weights) ptx::bulk_load(data + stage_block_scales(kTile), in.scales, kBlockScaleBytes, full, ptx::kEvictNormal);
+        if constexpr (kFp8Weights)
+          ptx::bulk_load(data + stage_block_scales(kTile), in.scales, kBlockScaleBytes, full, ptx::kEvictNormal);
       }
       if constexpr (T::kBlocks == 2) {
         cursor.advance();
@@ -77,7 +83,8 @@ __device__ void produce_activations(const Inputs& in, const Ring& ring, int num_
         continue;
       }
       ptx::mbarrier_arrive_expect_tx(full, kTile * kUnitK + kTile * 4);
-      ptx::bulk_load(data, from + int64_t{block * T::kChunks + chunk % T::kChunks} * kTile * kUnitK, kTile * kUnitK, full, ptx::kEvictNormal);
+      ptx::bulk_load(data, from + int64_t{block * T::kChunks + chunk % T::kChunks} * kTile * kUnitK, kTile * kUnitK,
+                     full, ptx::kEvictNormal);
       ptx::bulk_load(data + stage_scales(kTile), in.scales + chunk % 64 * kTile, kTile * 4, full, ptx::kEvictNormal);
     }
   }
@@ -88,10 +95,11 @@ __global__ void __launch_bounds__(kThreads, 1) loop_kernel(Inputs in, int num_ta
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const Ring ring(shared_memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int i = threadIdx.x; i < kNumStages * kStageBytes / 4; i += kThreads) {   // what the loop finds when nothing is copied: no NaN
+  for (int i = threadIdx.x; i < kNumStages * kStageBytes / 4;
+       i += kThreads) {  // what the loop finds when nothing is copied: no NaN
     reinterpret_cast<uint32_t*>(shared_memory)[i] = (i * 2654435761u) & 0x3F3F3F3Fu;
   }
-  __syncthreads();   // the barriers lie in the stages
+  __syncthreads();  // the barriers lie in the stages
   if (threadIdx.x == 0) {
     ring.init();
     ptx::fence_mbarrier_init();
@@ -170,7 +178,8 @@ void run(const char* name, const Inputs& in, int num_sms) {
   uint32_t cycles;
   check(cudaEventElapsedTime(&milliseconds, begin, end));
   check(cudaMemcpy(&cycles, in.cycles, sizeof(cycles), cudaMemcpyDeviceToHost));
-  printf("%s %s %.0f %.3f\n", name, kNames[static_cast<int>(kProduct)], static_cast<double>(cycles) / num_chunks, cycles / milliseconds * 1e-6);
+  printf("%s %s %.0f %.3f\n", name, kNames[static_cast<int>(kProduct)], static_cast<double>(cycles) / num_chunks,
+         cycles / milliseconds * 1e-6);
 }
 
 template <Product kProduct>
@@ -186,7 +195,8 @@ int main() {
   int num_sms;
   check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
   uint32_t state = 7;
-  auto random_bytes = [&state](size_t num_bytes, uint8_t mask) {   // xorshift; the mask keeps exponents, and with them power, in range
+  auto random_bytes = [&state](size_t num_bytes,
+                               uint8_t mask) {  // xorshift; the mask keeps exponents, and with them power, in range
     std::vector<uint8_t> bytes(num_bytes);
     for (auto& byte : bytes) {
       state ^= state << 13, state ^= state >> 17, state ^= state << 5;
@@ -196,8 +206,8 @@ int main() {
   };
   const Inputs in{on_device(random_bytes(size_t{kExperts} * 32 * 32 * kRowTileBytes, 0xB7)),
                   on_device(random_bytes(size_t{kTokenBlocks} * 32 * kTile * kUnitK, 0xB7)),
-                  on_device(std::vector<float>(64 * kTile, 1e-3f)), on_device(std::vector<float>(num_sms * 32 * kMathWarps)),
-                  on_device(std::vector<uint32_t>(1))};
+                  on_device(std::vector<float>(64 * kTile, 1e-3f)),
+                  on_device(std::vector<float>(num_sms * 32 * kMathWarps)), on_device(std::vector<uint32_t>(1))};
   run_product<Product::kL1>(in, num_sms);
 #if HM_WEIGHT_BITS == 4
   run_product<Product::kL1Pairs>(in, num_sms);

@@ -16,7 +16,7 @@ from hopper_moe.kernels import jit
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TENSOR_CYCLES = 512  # of a chunk: 2 * 128**3 operations, 8192 a clock and SM
-LIBRARY_OF = {"fp4": "mega_moe", "fp8": "fp8_mega"}  # whose loop it is
+LIBRARY_OF = {"fp4": "mxfp4_mega", "fp4_wide": "mxfp4_wide", "fp8": "fp8_mega"}  # whose loop it is
 
 
 def compile_to(output: Path, weights: str, csrc: Path = jit.SOURCE_DIR, *options: str) -> str:

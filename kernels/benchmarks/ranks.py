@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 
 def check_ranks(num_ranks: int) -> None:
@@ -38,16 +37,14 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) 
 def start_on_ranks(num_ranks: int, folder: str, function: Callable[..., Any], *arguments: Any) -> mp.ProcessContext:
     """The running processes; rank r's result is saved as `<folder>/r.pt`."""
     check_ranks(num_ranks)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return mp.spawn(_enter, (num_ranks, port, folder, function, arguments), nprocs=num_ranks, join=False)
+    return mp.spawn(_enter, (num_ranks, folder, function, arguments), nprocs=num_ranks, join=False)
 
 
-def _enter(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _enter(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast: see kernels/symmetric.py
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks, device_id=device)
+    # Ranks meet at a file: a free port may be taken by another process before rank 0 listens on it.
+    dist.init_process_group("nccl", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks, device_id=device)
     torch.save(function(dist.group.WORLD, *arguments), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -19,6 +19,11 @@ from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape
 from hopper_moe.quantization import layout
 
 
+def file_label(sku: str) -> str:
+    """A GPU's label as it begins the names of result files."""
+    return sku.lower().replace(" ", "_")
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One line of a results file; exactly these keys. Times are of whole calls of the layer: pre-dispatch and fused kernel."""

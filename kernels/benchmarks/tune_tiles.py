@@ -1,4 +1,4 @@
-"""Measures which token tile is fastest for how many rows, and rewrites a line of `kernels/tile_table.py`.
+"""Measures which token tile is fastest for how many rows, and keeps the table in `kernels/measured.json`.
 
 `python -m hopper_moe.kernels.benchmarks.tune_tiles --shape flash [--write]`. Every expert gets the same number of rows, so that
 one tile serves the whole call; the fused layer's whole call is timed as in the benchmark, on cold weights.
@@ -7,24 +7,22 @@ one tile serves the whole call; the fused layer's whole call is timed as in the 
 from __future__ import annotations
 
 import itertools
-import re
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 
 import click
 import torch
 from tqdm import tqdm
 
-from hopper_moe.kernels import tile_table
+from hopper_moe.kernels import measured, tile_table
 from hopper_moe.kernels.benchmarks import measure
 from hopper_moe.kernels.benchmarks.mega_moe import WEIGHT_COPIES, copies_of
 from hopper_moe.kernels.benchmarks.options import RefusingCommand, commit_option
 from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape, make_layer, random_experts, random_tokens
-from hopper_moe.kernels.tile_table import MAX_TILE, TILES, TileTable, forced_tile, sku_of
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.kernels.device import current_device
+from hopper_moe.kernels.tile_table import MAX_TILE, TILES, TileTable, forced_tile
+from hopper_moe.quantization.errors import Refusal
 
-BEGIN, END = "# begin tables\n", "# end tables\n"
 LARGE_ROWS = 768  # rows per expert at which the largest tile is chosen: a multiple of every tile
 NUM_CALLS, NUM_LAUNCHES = 8, 10
 NEAR = 1.01  # a smaller tile that is this close to the best one is taken: less padding
@@ -48,23 +46,6 @@ def build_table(max_tile: int, us: Mapping[int, Mapping[int, float]]) -> TileTab
     """us: rows (8, 16, ... max_tile) -> tile -> time. Entries beyond max_tile are never used and repeat the last one."""
     tail = [choose(us[rows]) for rows in range(8, max_tile + 1, 8)]
     return TileTable(max_tile, tuple([tail[0], *tail] + [max_tile] * (MAX_TILE // 8 - len(tail))))
-
-
-def table_line(sku: str, table: TileTable, note: str) -> str:
-    """The line of `tile_table.TABLES` for one SKU."""
-    return f'    "{sku}": TileTable({table.max_tile}, {table.tail_tile}),  # {note}\n'
-
-
-def rewrite(source: str, sku: str, line: str) -> str:
-    """`tile_table.py` with the SKU's line replaced, or added, between the marks. Refuses a source without them."""
-    parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", source)
-    if len(parts) != 5:
-        raise Refusal(f"tile_table.py has no region between {BEGIN.strip()!r} and {END.strip()!r}: paste the line by hand.")
-    lines = parts[2].splitlines(keepends=True)
-    kept = [old for old in lines if not old.startswith(f'    "{sku}":')]
-    at = next((index for index, old in enumerate(lines) if old.startswith(f'    "{sku}":')), len(kept) - 1)
-    parts[2] = "".join([*kept[:at], line, *kept[at:]])
-    return "".join(parts)
 
 
 class Tuner:
@@ -91,18 +72,15 @@ class Tuner:
 
 @click.command(cls=RefusingCommand)
 @click.option("--shape", "shape_name", type=click.Choice(list(SHAPES)), default="flash", show_default=True)
-@click.option("--sku", help='Key of the table: a part of the device\'s name, "H200".  [default: the known one it contains]')
+@click.option("--sku", help='Label of this GPU type in the tables, such as "H200"; with --write a GPU without one needs it.')
 @commit_option
-@click.option("--write", is_flag=True, help="Rewrite the SKU's line in kernels/tile_table.py.")
+@click.option("--write", is_flag=True, help="Keep the table in kernels/measured.json.")
 def main(shape_name: str, sku: str | None, commit: str, write: bool) -> None:
-    """Measure every built tile for 8, 16, ... 128 rows per expert and print the table to paste into kernels/tile_table.py."""
-    if not torch.cuda.is_available():
-        raise Refusal("this machine has no CUDA GPU: tuning needs an SM90 GPU (H20, H100, H200).")
-    sku = sku_of(torch.cuda.get_device_name()) if sku is None else sku
-    if sku not in torch.cuda.get_device_name():
-        raise Refusal(
-            f"--sku {sku} is not part of this device's name {torch.cuda.get_device_name()!r}: no table would be found by it."
-        )
+    """Measure every built tile for 8, 16, ... 128 rows per expert and print the table."""
+    device = current_device()
+    if device is None:
+        raise Refusal("this machine has no CUDA GPU: tuning needs an SM90 GPU (Hopper).")
+    sku = measured.label_to_write(device, sku) if write else sku or measured.label(device)
     shape = SHAPES[shape_name]
     tuner = Tuner(shape, shape.local_experts)
     large = {tile: tuner.time(LARGE_ROWS, forced_tile(tile)) for tile in tqdm(TILES, desc=f"{LARGE_ROWS} rows")}
@@ -114,12 +92,10 @@ def main(shape_name: str, sku: str | None, commit: str, write: bool) -> None:
     for rows, times in {**us, LARGE_ROWS: large}.items():
         cells = (f"{times[tile]:.1f}" if tile in times else "-" for tile in TILES)
         click.echo(f"{rows:6}" + "".join(cell.rjust(11) for cell in cells) + f"   -> {choose(times)}")
-    line = table_line(sku, build_table(max_tile, us), f"{shape_name}, {commit}")
-    click.echo(f"\n{line}")
+    table = build_table(max_tile, us)
+    click.echo(f"\n{sku}: {table}")
     if write:
-        path = Path(tile_table.__file__)
-        path.write_text(rewrite(path.read_text(), sku, line))
-        click.echo(f"rewritten: {path}")
+        click.echo(f"written: {tile_table.keep(sku, table, f'{shape_name}, {commit}')}")
 
 
 if __name__ == "__main__":

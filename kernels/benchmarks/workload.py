@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hopper_moe.kernels.mega_moe import MegaMoE
+from hopper_moe.kernels.shard import ExpertShard
+from hopper_moe.kernels.tile_table import TileTable
+from hopper_moe.quantization import layout
 from hopper_moe.quantization.codecs import quantize_mxfp4
-from hopper_moe.quantization.packing import PackedExperts, pack_experts
+from hopper_moe.quantization.packing import PackedExperts, WidePackedExperts, pack_experts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts, pack_fp8_experts
 
 
@@ -29,6 +34,7 @@ SHAPES = {
     "pro": ModelShape(7168, 3072, 384, 6, 48),
     "v3": ModelShape(7168, 2048, 256, 8, 32, None),
     "v4.1-flash": ModelShape(5120, 2304, 384, 6, 48),
+    "v4.1-draft": ModelShape(5120, 2304, 128, 3, 16),
 }
 ROUTINGS = ("uniform", "zipf", "one_hot")
 
@@ -84,9 +90,35 @@ def random_experts(
     return pack_experts(*random_checkpoint(shape, num_experts, generator, device, scale_bytes))
 
 
-def random_fp8_experts(
-    shape: ModelShape, num_experts: int, generator: torch.Generator, device: str = "cuda"
-) -> PackedFp8Experts:
+def widen_rows(checkpoint: Checkpoint, share: float, generator: torch.Generator) -> Checkpoint:
+    """`checkpoint` with this share of the rows of every matrix spanning 12 to 28 octaves, and a group of zeros of any scale in
+    each of these."""
+    w13, w13_scale, w2, w2_scale = (tensor.clone() for tensor in checkpoint)
+    for weight, scale in ((w13, w13_scale), (w2, w2_scale)):
+        options: dict[str, Any] = {"device": scale.device, "generator": generator}
+        rows = torch.rand(scale.shape[:2], **options) < share
+        rows.view(-1)[0] = share > 0  # one at least
+        codes, scales = weight[rows], scale[rows].int()
+        top = scales.amax(-1, keepdim=True)
+        span = torch.randint(12, layout.WIDE_MAX_DELTA + 1, top.shape, **options)
+        scales = top - (torch.rand(scales.shape, **options) * (span + 1)).int()
+        scales[:, :1], scales[:, 1:2] = top, top - span
+        codes[:, :32:16] = 0x71  # a .5 and a 6 in each of these two groups, so that neither can be moved
+        codes[:, 32:48] = 0x80
+        scales[:, 2] = torch.randint(0, layout.UE8M0_NAN, scales.shape[:1], **options).int()
+        weight[rows], scale[rows] = codes, scales.to(torch.uint8)
+    return w13, w13_scale, w2, w2_scale
+
+
+def random_wide_experts(
+    shape: ModelShape, num_experts: int, generator: torch.Generator, device: str = "cuda", share: float = 0.5
+) -> PackedExperts:
+    """`random_checkpoint` with `share` of its rows widened, in the wide format."""
+    checkpoint = random_checkpoint(shape, num_experts, generator, device)
+    return pack_experts(*widen_rows(checkpoint, share, generator), WidePackedExperts)
+
+
+def random_fp8_experts(shape: ModelShape, num_experts: int, generator: torch.Generator, device: str = "cuda") -> PackedFp8Experts:
     """Uniform random E4M3 bytes (all but the two NaN) with FP32 block scales of random mantissa over a factor of 16."""
 
     def weight(*size: int) -> torch.Tensor:
@@ -132,13 +164,18 @@ def random_routing(
     return ids.contiguous(), (weights / weights.sum(1, keepdim=True)).contiguous()
 
 
-def make_layer(shape: ModelShape, num_experts: int, capacity: int, **options) -> MegaMoE:
-    """A MegaMoE of one rank with `num_experts` experts. `options` go to it."""
-    return MegaMoE(
-        num_tokens_capacity=capacity,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_experts=num_experts,
-        top_k=shape.top_k,
-        **options,
-    )
+def make_layer(
+    shape: ModelShape,
+    num_experts: int,
+    capacity: int,
+    *,
+    group: dist.ProcessGroup | None = None,
+    weights: type[PackedExperts] | type[PackedFp8Experts] = PackedExperts,
+    tiles: TileTable | None = None,
+    wave_rows: int | None = None,
+    **of_shard: Any,
+) -> MegaMoE:
+    """A MegaMoE of this rank's share of `num_experts` experts. `of_shard`: fields of its `ExpertShard`."""
+    rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    shard = ExpertShard.of(shape, capacity, num_experts=num_experts, rank=rank, num_ranks=num_ranks, group=group, **of_shard)
+    return MegaMoE(shard, weights=weights, tiles=tiles, wave_rows=wave_rows)
