@@ -1,1 +1,1 @@
-"""The SGLang plugin: which kernel runs, and how it gets into stock SGLang."""
+"""Kernel choice, kernel runners, and the plugin for stock SGLang."""

@@ -1,8 +1,9 @@
-"""The only module that reads environment variables for this project (`python -m` friendly: no torch, no sglang).
+"""Reads every environment variable of this project (`python -m` friendly: no torch, no sglang).
 
-`settings()` gives the process's typed values; `load(environ)` is the pure function behind it. Names that people already
-export for SGLang's and DeepGEMM's MegaMoE keep working: each one used is translated with one log line. Anything unknown
-or contradictory is a `Refusal`. Names starting with `_HOPPER_MOE_` are private notes from a parent process to its children.
+`settings()` returns the process's typed values; `load(environ)` is the pure function behind it. Variables of SGLang's and
+DeepGEMM's MegaMoE are still accepted and translated, with one log line each. Unknown or contradictory variables raise
+`Refusal`, except service links of Kubernetes and Docker. Names starting with `_HOPPER_MOE_` are private: a parent process sets
+them for its children.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from hopper_moe.moe_backends.env_table import (
     STOCK_CAPACITY,
     VARIABLES,
     Variable,
+    is_foreign,
     parse_bool,
 )
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
+from hopper_moe.quantization.routing_law import Routing
 
 logger = logging.getLogger("hopper_moe")
 
@@ -37,12 +40,12 @@ DEFAULT = "default"
 ENV = "environment"
 
 CAPACITY_NOTE = "_HOPPER_MOE_CAPACITY"
-"""The value of STOCK_CAPACITY that a launch of ours has set for SGLang: to a later launch it is nobody's wish."""
+"""The value of STOCK_CAPACITY that a launch of ours has set for SGLang, so that a later launch does not read it as the user's."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Typed values of every variable. `sources` says for each field: "default", "environment", or the older name it came from."""
+    """Typed values of every variable. `sources[field]`: "default", "environment", or the older name that was set."""
 
     kernel: str
     max_tokens_per_rank: int | None
@@ -51,14 +54,20 @@ class Settings:
     inexact_rows: str
     self_check: bool
     timeout_s: int
+    dummy_routing: Routing
     cache_dir: Path
     expand_fp4: bool
-    """FP4 experts become FP8 when they are loaded (SGLANG_DSV4_FP4_DEQUANT=1): the same values in twice the bytes."""
+    """Expand FP4 experts to FP8 at load (SGLANG_DSV4_FP4_DEQUANT=1): the same values in twice the bytes."""
     allowed_kernels: tuple[str, ...]
-    """Kernels that `kernel` and the older switches together leave open, best first; `auto` chooses among these."""
+    """Kernels that `kernel` and the older switches together allow, best first; `auto` chooses among these."""
     sources: Mapping[str, str]
     translations: tuple[str, ...]
     """One line per older name that was translated."""
+
+    def origin(self, field: str) -> str:
+        """The variable that set a value, or that can set it."""
+        source = self.sources[field]
+        return PREFIX + field.upper() if source in (DEFAULT, ENV) else source
 
 
 def load(environ: Mapping[str, str]) -> Settings:
@@ -91,7 +100,7 @@ def settings() -> Settings:
 def _refuse_unknown_names(environ: Mapping[str, str]) -> None:
     known = [variable.name.removeprefix(PREFIX) for variable in VARIABLES]
     for name in sorted(environ):
-        if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in known:
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in known and not is_foreign(name, environ[name]):
             close = difflib.get_close_matches(name.removeprefix(PREFIX), known, n=1)
             hint = f"did you mean {PREFIX}{close[0]}?" if close else "`hopper-moe env` lists them."
             raise Refusal(f"{name} is set, but no such variable exists: {hint}")
@@ -99,17 +108,15 @@ def _refuse_unknown_names(environ: Mapping[str, str]) -> None:
 
 def _read(variable: Variable, environ: Mapping[str, str], translations: list[str]) -> tuple[Any, str]:
     own = environ.get(variable.name)
-    old = environ.get(variable.legacy) if variable.legacy else None
-    if own is not None:
-        value = variable.parse(variable.name, own)
-        if old is not None and variable.parse(variable.legacy, old) != value:
-            raise Refusal(f"{variable.name}={own} and {variable.legacy}={old} contradict each other: unset one of them.")
-        return value, ENV
-    if old is not None:
-        value = variable.parse(variable.legacy, old)
+    if variable.legacy is None or (old := environ.get(variable.legacy)) is None:
+        return (variable.default(), DEFAULT) if own is None else (variable.parse(variable.name, own), ENV)
+    value = variable.parse(variable.legacy, old)
+    if own is None:
         translations.append(f"{variable.legacy}={old} is read as {variable.name}={old}.")
         return value, variable.legacy
-    return variable.default(), DEFAULT
+    if variable.parse(variable.name, own) != value:
+        raise Refusal(f"{variable.name}={own} and {variable.legacy}={old} contradict each other: unset one of them.")
+    return value, ENV
 
 
 def _set_switches(environ: Mapping[str, str]) -> list[str]:
@@ -119,7 +126,7 @@ def _set_switches(environ: Mapping[str, str]) -> list[str]:
 def _allowed_kernels(kernel: str, environ: Mapping[str, str], translations: list[str]) -> tuple[str, ...]:
     """Kernels that fit `kernel` and every older switch at once. Two settings without a common kernel are refused."""
     own = PREFIX + "KERNEL"
-    asked = {f"{own}={kernel}": KERNELS if kernel == AUTO else (kernel,)}
+    asked: dict[str, tuple[str, ...]] = {f"{own}={kernel}": KERNELS if kernel == AUTO else (kernel,)}
     for switch in LEGACY_SWITCHES:
         if switch.name not in environ:
             continue

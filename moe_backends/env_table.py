@@ -1,27 +1,39 @@
-"""Every environment variable that this project reads: its meaning, its values, and the older names it answers to."""
+"""Every environment variable that this project reads: meaning, values and older names."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.kernels import cache_dir
+from hopper_moe.kernels.shard import DEFAULT_TIMEOUT_S
+from hopper_moe.moe_backends.kernel_specs import KERNELS, SPECS, KernelSpec
+from hopper_moe.quantization import routing_law
+from hopper_moe.quantization.errors import Refusal
 
 PREFIX = "HOPPER_MOE_"
 AUTO = "auto"
-KERNELS = ("mxfp4_mega", "fp8_mega", "w4a16", "reference")  # best first: the order in which `auto` tries them
 
 MAX_CAPACITY = 1 << 18
 STOCK_CAPACITY = "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK"
 MAX_TIMEOUT_S = 3600
-DEFAULT_TIMEOUT_S = 300  # a peer may still be compiling or capturing graphs
+DUMMY_ROUTING = PREFIX + "DUMMY_ROUTING"
 
-_TRUE = ("1", "true", "yes", "y")  # the spellings SGLang takes, so that a legacy name means the same to both
+# Variables that Kubernetes and Docker set in containers near a service or linked container named "hopper-moe...".
+FOREIGN = re.compile(
+    r"HOPPER_MOE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO|START|END))?)?|ENV_\w+)"
+)
+DOCKER_NAME = re.compile(r"HOPPER_MOE_(\w+_)?NAME")  # with a value such as "/web/hopper-moe"
+
+_TRUE = ("1", "true", "yes", "y")  # the spellings that SGLang accepts, so that an older name means the same to both
 _FALSE = ("0", "false", "no", "n")
+
+
+def is_foreign(name: str, value: str) -> bool:
+    """Whether a name that starts with PREFIX is a service link of Kubernetes or Docker, not a misspelling of ours."""
+    return bool(FOREIGN.fullmatch(name) or (DOCKER_NAME.fullmatch(name) and value.startswith("/")))
 
 
 def parse_bool(name: str, text: str) -> bool:
@@ -50,30 +62,14 @@ def _parse_kernel(name: str, text: str) -> str:
 
 
 def _parse_inexact_rows(name: str, text: str) -> str:
-    if text not in ("refuse", "reference"):
-        raise Refusal(f"{name}={text!r} is not a rule for inexact rows: use refuse or reference.")
+    if text not in ("refuse", "reference", "round"):
+        raise Refusal(f"{name}={text!r} is not a rule for inexact rows: use refuse, reference or round.")
     return text
-
-
-def _parse_cache_dir(name: str, text: str) -> Path:
-    path = Path(os.path.expanduser(text))
-    if not path.is_absolute():
-        raise Refusal(f"{name}={text!r} is a relative path, which means another folder in every process: give an absolute one.")
-    if path.exists() and not path.is_dir():
-        raise Refusal(f"{name}={text!r} is a file, but compiled kernels need a folder: give a folder or a new path.")
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise Refusal(f"{name}={text!r} cannot be written ({existing} is read-only for this user): give a writable folder.")
-    return path
-
-
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hopper_moe"
 
 
 @dataclass(frozen=True)
 class Variable:
-    """One own variable. `legacy` is an older name with exactly the same values; `field` is its name in `Settings`."""
+    """One variable of this project. `field`: its name in `Settings`; `legacy`: an older name with the same values."""
 
     field: str
     values: str
@@ -121,8 +117,9 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable(
         "inexact_rows",
-        "refuse | reference",
-        "a layer with rows that the packed FP4 format cannot hold exactly: refuse it, or run it on the exact reference (slow)",
+        "refuse | reference | round",
+        "a layer with rows that no packed FP4 format holds exactly: refuse it, run it on the exact reference (slow), or round "
+        "the smallest weights of these rows and log by how much (changes the result)",
         _parse_inexact_rows,
         lambda: "refuse",
     ),
@@ -141,18 +138,25 @@ VARIABLES: tuple[Variable, ...] = (
         lambda: DEFAULT_TIMEOUT_S,
     ),
     Variable(
+        "dummy_routing",
+        "uniform | zipf:S",
+        "experts' load under `--load-format dummy`; if set, also for stock backends",
+        routing_law.parse,
+        routing_law.Routing,
+    ),
+    Variable(
         "cache_dir",
         "absolute path",
         "where compiled kernels are kept, shared by all ranks of a machine",
-        _parse_cache_dir,
-        _default_cache_dir,
+        cache_dir.parse,
+        cache_dir.default,
     ),
 )
 
 
 @dataclass(frozen=True)
 class LegacySwitch:
-    """An older on/off name that narrows the kernel choice: which kernels still fit when it is set to 1, and to 0."""
+    """An older switch that narrows the kernel choice: the kernels that remain when it is 1, and when it is 0."""
 
     name: str
     when_true: tuple[str, ...]
@@ -160,29 +164,35 @@ class LegacySwitch:
     meaning: str
 
 
+FP4_EXPERTS = "SGLANG_DSV4_FP4_EXPERTS"
 EXPAND_FP4 = "SGLANG_DSV4_FP4_DEQUANT"
 
-# The reference computes the same function as the FP4 kernels, so it fits wherever they do; it does not serve FP8 experts.
+
+def _those(fits: Callable[[KernelSpec], bool]) -> tuple[str, ...]:
+    return tuple(spec.name for spec in SPECS if fits(spec))
+
+
+# The reference computes the same function as the FP4 kernels, so it is allowed wherever they are; it serves no FP8 experts.
 LEGACY_SWITCHES: tuple[LegacySwitch, ...] = (
     LegacySwitch(
         "SGLANG_OPT_USE_DEEPGEMM_MEGA_MOE",
-        ("mxfp4_mega", "fp8_mega", "reference"),
-        ("w4a16", "reference"),
+        _those(lambda spec: spec.multi_rank),
+        _those(lambda spec: spec.library is None),
         "1: one fused kernel over all ranks; 0: not that",
     ),
     LegacySwitch(
-        "SGLANG_DSV4_FP4_EXPERTS",
-        ("mxfp4_mega", "w4a16", "reference"),
-        ("fp8_mega",),
+        FP4_EXPERTS,
+        _those(lambda spec: spec.expert_dtype == "fp4"),
+        _those(lambda spec: spec.expert_dtype == "fp8"),
         "1: the checkpoint's experts are FP4; 0: they are FP8",
     ),
     LegacySwitch(
         EXPAND_FP4,
-        ("fp8_mega",),
+        _those(lambda spec: spec.expert_dtype == "fp8"),
         KERNELS,
         "1: FP4 experts are turned into FP8 at load; 0: they stay FP4",
     ),
 )
 
-# Its fix is how this project always lays its buffer out, so 1 changes nothing and 0 cannot be had.
+# The memory layout that it switches on is the only one here: 1 changes nothing, 0 is refused.
 LEGACY_ALWAYS_ON = "SGLANG_OPT_FIX_MEGA_MOE_MEMORY"

@@ -1,1 +1,1 @@
-"""One module per kernel choice; each holds an `ExpertRunner` (see `moe_backends/base.py`)."""
+"""One module per kernel choice; each holds an `ExpertRunner` (see `moe_backends/runner.py`)."""

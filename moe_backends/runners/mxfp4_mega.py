@@ -8,38 +8,26 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.quantization.packing import PackedExperts
+from hopper_moe.quantization.errors import Refusal
+from hopper_moe.quantization.packing import PackedExperts, WidePackedExperts
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from hopper_moe.kernels.mega_moe import MegaMoE
-    from hopper_moe.moe_backends.base import ExpertShard
+    from hopper_moe.kernels.shard import ExpertShard
     from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 
 @functools.cache
-def _kernel(shape: ExpertShard, device: torch.device, weights: type[PackedExperts] | type[PackedFp8Experts]) -> MegaMoE:
-    """One kernel object, and so one workspace, for all layers of the same shape (their limit and number do not matter)."""
+def _kernel(shard: ExpertShard, device: torch.device, weights: type[PackedExperts] | type[PackedFp8Experts]) -> MegaMoE:
+    """One kernel object for all layers of the same shape and format (their limit and number do not matter). The FP4 formats
+    share a workspace."""
+    if weights is WidePackedExperts:
+        return _kernel(shard, device, PackedExperts).with_weights(weights)
     from hopper_moe.kernels.mega_moe import MegaMoE
 
-    # A group's ranks hold equal shares in rank order, so the shard follows from it.
-    local = {} if shape.group else {"first_expert": shape.first_expert, "num_local_experts": shape.num_local_experts}
-    return MegaMoE(
-        num_tokens_capacity=shape.max_tokens_per_rank,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-        device=device,
-        weights=weights,
-        group=shape.group,
-        fp8_combine=shape.fp8_combine,
-        fp4_dispatch=shape.fp4_dispatch,
-        timeout_s=shape.timeout_s,
-        **local,
-    )
+    return MegaMoE(shard, device=device, weights=weights)
 
 
 class Mxfp4MegaRunner:
@@ -48,11 +36,15 @@ class Mxfp4MegaRunner:
     name: ClassVar[str] = "mxfp4_mega"  # as in HOPPER_MOE_KERNEL
     experts_type: ClassVar[type[PackedExperts] | type[PackedFp8Experts]] = PackedExperts
 
+    kept_tensors: tuple[torch.Tensor, ...] = ()
+
     def prepare(self, experts: PackedExperts | PackedFp8Experts, shard: ExpertShard) -> None:
         """See `ExpertRunner.prepare`. The first layer of a shape compiles the kernel (if it was not before) and takes the
         workspace; with a group, that is collective."""
         self._packed, self._swiglu_limit, self._layer, self._group = experts, shard.swiglu_limit, shard.layer, shard.group
-        self._kernel = _kernel(replace(shard, swiglu_limit=None), experts.device, type(experts))
+        # mypy takes the instances' `__hash__` for that of the class
+        self._kernel = _kernel(replace(shard, swiglu_limit=None), experts.device, type(experts))  # type: ignore[arg-type]
+        self.kept_tensors = self._kernel.kept_tensors
 
     def run_across_ranks(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, group: dist.ProcessGroup
@@ -60,9 +52,7 @@ class Mxfp4MegaRunner:
         """`run`, but complete: tokens visit the experts of every rank of `group`, which must be the shard's. Ranks without
         tokens must call it too. Returns bf16 [num_tokens, hidden_size] of this rank's rows."""
         if group is not self._group:
-            raise Refusal(
-                f"{self.name} was prepared for another group of ranks than it is called with: prepare the layer again."
-            )
+            raise Refusal(f"{self.name} was prepared for another group of ranks than it is called with: prepare the layer again.")
         return self.run(hidden_states, topk_ids, topk_weights)
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

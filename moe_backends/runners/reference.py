@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 from hopper_moe.kernels.reference import moe_layer, pre_dispatch
 from hopper_moe.kernels.reference_stages import combine_slots, expert_hidden, expert_slots
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.packing import PackedExperts
 
 if TYPE_CHECKING:
-    from hopper_moe.kernels.reference_weights import Fp8BlockExperts, Mxfp4Experts
-    from hopper_moe.moe_backends.base import ExpertShard
+    from hopper_moe.kernels.reference_weights import ExpertSource
+    from hopper_moe.kernels.shard import ExpertShard
 
 _EXCHANGE_ROWS = 1024  # tokens whose slots exist at once while ranks exchange: bounds FP32 [rows, top_k, H]
 
@@ -24,7 +24,11 @@ class ReferenceRunner:
 
     experts_type = PackedExperts
 
-    def prepare(self, experts: PackedExperts | Mxfp4Experts | Fp8BlockExperts, shard: ExpertShard) -> None:
+    launch_counter = None
+
+    kept_tensors: tuple[torch.Tensor, ...] = ()
+
+    def prepare(self, experts: PackedExperts | ExpertSource, shard: ExpertShard) -> None:
         if (experts.num_experts, experts.hidden_size, experts.intermediate_size) != (
             shard.num_local_experts,
             shard.hidden_size,

@@ -1,4 +1,4 @@
-"""What a worker says about itself before it serves: the plan when its first layer is built, sums when the first layer runs."""
+"""Start-up report of a worker: the plan when its first layer is built, totals when the first layer runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hopper_moe.kernels import workspace
 from hopper_moe.moe_backends.env import Settings, settings
-from hopper_moe.moe_backends.registry import KernelSpec, create_runner
+from hopper_moe.moe_backends.kernel_specs import KernelSpec
+from hopper_moe.moe_backends.registry import create_runner
+from hopper_moe.moe_backends.sglang.plan import DEEPEP_EXCHANGE, FUSED_EXCHANGE
 
 if TYPE_CHECKING:
-    from hopper_moe.moe_backends.arguments import ServingPlan
-    from hopper_moe.moe_backends.base import ExpertShard
+    from hopper_moe.kernels.shard import ExpertShard
+    from hopper_moe.moe_backends.sglang.plan import ServingPlan
 
 logger = logging.getLogger("hopper_moe")
 
@@ -24,38 +27,27 @@ GIB = 1 << 30
 
 
 def tensor_bytes(experts: Any) -> int:
-    """Bytes of a dataclass of tensors (`base.ExpertTensors`)."""
+    """Bytes of a dataclass of tensors (`ExpertTensors`)."""
     return sum(getattr(experts, f.name).nbytes for f in fields(experts))
 
 
 def workspace_bytes(spec: KernelSpec, shard: ExpertShard) -> int:
     """Device bytes that a kernel takes besides weights, once for all layers; 0 for kernels without. Compiles it if need be."""
-    if spec.library is None:
-        return 0
-    from hopper_moe.kernels import mega_moe
-
-    return mega_moe.workspace_bytes(
-        num_tokens_capacity=shard.max_tokens_per_rank,
-        hidden_size=shard.hidden_size,
-        intermediate_size=shard.intermediate_size,
-        num_experts=shard.num_experts,
-        top_k=shard.top_k,
-        num_local_experts=shard.num_local_experts,
-        num_ranks=1 if shard.group is None else shard.num_experts // shard.num_local_experts,
-        fp8_combine=shard.fp8_combine,
-        fp4_dispatch=shard.fp4_dispatch,
-        library=spec.library,
-    )
+    return 0 if spec.library is None else workspace.workspace_bytes(shard, spec.library)
 
 
 def plan_lines(spec: KernelSpec, shard: ExpertShard, plan: ServingPlan, settings: Settings, device: torch.device) -> list[str]:
-    """The start-up block: machine, kernel, shape, ranks, memory, and what happens instead of a silent fallback."""
+    """Lines of the start-up report: machine, kernel, shape, ranks, memory, and what replaces silent fallbacks."""
     layer_bytes = shard.num_local_experts * tensor_bytes(
         create_runner(spec.name).experts_type.empty(1, shard.hidden_size, shard.intermediate_size, "meta")
     )
-    workspace = workspace_bytes(spec, shard)
-    larger = "refused" if plan.exchange == "megamoe" else "run in pieces"
-    inexact = "refused" if settings.inexact_rows == "refuse" else "run on the exact reference (slow)"
+    buffer_bytes = workspace_bytes(spec, shard.alone() if plan.exchange == DEEPEP_EXCHANGE else shard)
+    larger = "refused" if plan.exchange == FUSED_EXCHANGE else "run in pieces"
+    inexact = {
+        "refuse": "refused",
+        "reference": "run on the exact reference (slow)",
+        "round": "rounded where they do not fit",
+    }[settings.inexact_rows]
     last = shard.first_expert + shard.num_local_experts - 1
     return [
         f"version  hopper_moe {importlib.metadata.version('sglang-hopper-moe')} on {_device_name(device)}",
@@ -63,8 +55,8 @@ def plan_lines(spec: KernelSpec, shard: ExpertShard, plan: ServingPlan, settings
         f"layer    hidden {shard.hidden_size}, intermediate {shard.intermediate_size} here, {shard.num_experts} experts, "
         f"top {shard.top_k}, swiglu_limit {shard.swiglu_limit}",
         f"ranks    this one holds experts {shard.first_expert}..{last}; "
-        f"{shard.num_experts // shard.num_local_experts} expert-parallel ranks, exchange {plan.exchange}",
-        f"memory   {layer_bytes / GIB:.2f} GiB of experts a layer, {workspace / GIB:.2f} GiB of workspace "
+        f"{shard.num_ranks} expert-parallel ranks, exchange {plan.exchange}",
+        f"memory   {layer_bytes / GIB:.2f} GiB of experts a layer, {buffer_bytes / GIB:.2f} GiB of workspace "
         f"for {shard.max_tokens_per_rank} tokens a call",
         f"fallback none: larger calls are {larger}, layers that the format cannot hold exactly are {inexact}, "
         f"self-check {'on' if settings.self_check else 'OFF'}",
@@ -80,14 +72,14 @@ def _device_name(device: torch.device) -> str:
 
 @functools.cache
 def announce_plan(spec: KernelSpec, shard: ExpertShard, plan: ServingPlan, device: torch.device) -> None:
-    """Log the block, once per process and kind of layer."""
+    """Log the report, once per process and kind of layer."""
     for line in plan_lines(spec, shard, plan, settings(), device):
         logger.info("start-up: %s", line)
 
 
 @dataclass
 class Ready:
-    """The layers of this process, as they become ready."""
+    """Totals over the layers of this process that are ready."""
 
     num_layers: int = 0
     expert_bytes: int = 0
@@ -96,17 +88,17 @@ class Ready:
     announced: bool = False
 
     def add(self, parameters: Iterable[torch.Tensor]) -> None:
-        """A layer was converted and handed to its kernel; `parameters` are what it holds on the device."""
+        """Count a layer that was converted and prepared; `parameters`: its tensors on the device."""
         self.num_layers += 1
         self.expert_bytes += sum(parameter.nbytes for parameter in parameters)
 
     def checked(self, error: float, seconds: float) -> None:
-        """A self-check passed with this relative L2 after this long."""
+        """Record a passed self-check: its relative L2 and duration."""
         self.errors.append(error)
         self.check_seconds += seconds
 
     def announce(self) -> bool:
-        """Log the sums at the first call of any layer: all are loaded then. Later calls do nothing and return False."""
+        """Log the totals at the first call of any layer, when all are loaded. Later calls do nothing and return False."""
         if self.announced:
             return False
         self.announced = True
@@ -121,4 +113,4 @@ class Ready:
 
 
 READY = Ready()
-"""This process's."""
+"""The totals of this process."""

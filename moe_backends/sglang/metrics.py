@@ -1,7 +1,7 @@
-"""This rank's figures on SGLang's own Prometheus endpoint (`--enable-metrics`, then GET /metrics); nothing without that flag.
+"""This rank's metrics on SGLang's Prometheus endpoint (`--enable-metrics`, GET /metrics); none without that flag.
 
-SGLang collects the metrics of all its processes through files in PROMETHEUS_MULTIPROC_DIR, which it sets only with the flag, so
-whatever a worker registers appears there too.
+SGLang collects the metrics of its processes through files in PROMETHEUS_MULTIPROC_DIR, which it sets only with the flag. Metrics
+that a worker registers are collected as well.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from hopper_moe.moe_backends.base import ExpertRunner
-    from hopper_moe.moe_backends.startup import Ready
+    from hopper_moe.moe_backends.runner import ExpertRunner
+    from hopper_moe.moe_backends.sglang.startup import Ready
 
 PREFIX = "hopper_moe:"  # as SGLang's own begin with "sglang:"
 
 
 class Metrics:
-    """Gauges that are set once, and counters that grow at every call outside CUDA graphs (each prefill makes one)."""
+    """Gauges that are set once, and counters that are updated at every call outside CUDA graphs (each prefill makes one)."""
 
-    def __init__(self, kernel: str) -> None:
+    def __init__(self, kernel: str, replica: int) -> None:
         from prometheus_client import Counter, Gauge
 
-        labels = {"kernel": kernel, "rank": str(dist.get_rank() if dist.is_initialized() else 0)}
+        # Every replica counts its ranks from 0, and all of them write where this host's endpoint collects.
+        labels = {"kernel": kernel, "dp_rank": str(replica), "rank": str(dist.get_rank() if dist.is_initialized() else 0)}
 
         def gauge(name: str, text: str) -> Any:
             return Gauge(PREFIX + name, text, labels, multiprocess_mode="mostrecent").labels(**labels)
@@ -46,30 +47,30 @@ class Metrics:
         self._copy: torch.Tensor | None = None
 
     def ready(self, ready: Ready) -> None:
-        """Set what does not change any more."""
+        """Set the gauges that no longer change."""
         self._layers.set(ready.num_layers)
         self._expert_bytes.set(ready.expert_bytes)
         self._self_check.set(max(ready.errors, default=float("nan")))
 
     def count(self, runner: ExpertRunner, num_tokens: int) -> None:
-        """Note a call of a layer; calls of other layers than the first one seen cost nothing. Never waits for the device."""
+        """Count a call of a layer. Only the first layer seen is counted. Never waits for the device."""
         if self._watched is None:
             self._watched = runner
         if runner is not self._watched or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return
         self._tokens.inc(num_tokens)
-        words = getattr(runner, "launch_counter", None)
+        words = runner.launch_counter
         if words is None:
             return
         if self._copy is None:
             self._copy = torch.zeros(words.shape, dtype=words.dtype, pin_memory=True)
-        launches = int(self._copy.view(torch.int32)) & 0xFFFFFFFF  # what the copy of an earlier call brought
+        launches = int(self._copy.view(torch.int32)) & 0xFFFFFFFF  # from the copy that an earlier call started
         self._launches.inc((launches - self._seen) & 0xFFFFFFFF)
         self._seen = launches
         self._copy.copy_(words, non_blocking=True)
 
 
 @functools.cache
-def metrics(kernel: str) -> Metrics | None:
-    """This process's metrics; None when the server was started without them."""
-    return Metrics(kernel) if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
+def metrics(kernel: str, replica: int) -> Metrics | None:
+    """This process's metrics; None when the server was started without them. `replica`: SGLang's dp_rank, 0 without one."""
+    return Metrics(kernel, replica) if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
