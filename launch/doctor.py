@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import click
 
+from hopper_moe.launch import cpu_arguments, cpu_preflight, preflight
 from hopper_moe.launch import doctor_checks as checks
 from hopper_moe.launch import machine as machines
+from hopper_moe.launch.cpu_preflight import CpuReport
 from hopper_moe.launch.doctor_checks import FAIL, NOTE, OK, Finding
-from hopper_moe.launch.model_facts import read_model, require_complete
-from hopper_moe.launch.preflight import check
-from hopper_moe.launch.sglang_args import parse
+from hopper_moe.launch.preflight import Report
 from hopper_moe.moe_backends.env import Settings, settings
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.registry import choose
+from hopper_moe.quantization.errors import Refusal
 
 _COLOURS = {OK: "green", NOTE: "yellow", FAIL: "red"}
 
@@ -30,7 +30,7 @@ def doctor(ctx: click.Context, model: str | None) -> None:
     """
     machine = machines.detect()
     findings = []
-    for finding in _look(machine, model, ctx.args):  # as they come: looking into SGLang takes a while
+    for finding in _look(machine, model, ctx.args):  # printed one by one: importing SGLang takes a while
         click.echo(click.style(f"{finding.verdict:<5}", fg=_COLOURS[finding.verdict]) + f"{finding.subject:<12} {finding.text}")
         findings.append(finding)
     failed = [finding.subject for finding in findings if finding.verdict == FAIL]
@@ -73,16 +73,16 @@ def _kernel(found: Settings, machine: machines.Machine) -> list[Finding]:
 
 def _model(model: str, arguments: list[str], found: Settings, machine: machines.Machine) -> list[Finding]:
     try:
-        plan, problems = parse(model, arguments)
-        if not machine.is_hopper:
-            plan, machine = plan.on_one_process(), machines.Machine()
-        facts = read_model(model)
-        report = check(plan, facts, machine, found)
-        require_complete(model, facts)
+        report: Report | CpuReport
+        cpu = cpu_arguments.read(arguments)
+        if cpu_preflight.goes_to_gpu(cpu, machine):
+            report = preflight.check_command(model, arguments, machine, found)[1]
+        else:
+            report = cpu_preflight.check_command(model, cpu, found)
     except Refusal as refusal:
         return [Finding(FAIL, "checkpoint", str(refusal))]
-    lines = [Finding(OK, "checkpoint", " ".join(line.split())) for line in report.lines]
-    return lines + [Finding(FAIL, "checkpoint", problem) for problem in [*problems, *report.refusals]]
+    findings = [Finding(OK, "checkpoint", " ".join(line.split())) for line in report.lines]
+    return findings + [Finding(FAIL, "checkpoint", problem) for problem in report.refusals]
 
 
 def _summary(machine: machines.Machine, findings: list[Finding]) -> str:

@@ -1,4 +1,4 @@
-"""The single checks behind `hopper-moe doctor`. Each returns findings; none raises for what it is there to report."""
+"""The checks of `hopper-moe doctor`. Each returns findings; none raises for a problem that it reports."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from hopper_moe.kernels import jit
-from hopper_moe.launch.machine import GIB, HOPPER, Machine
-from hopper_moe.moe_backends import seams
+from hopper_moe.kernels.device import is_sm90
+from hopper_moe.launch.machine import GIB, Machine
 from hopper_moe.moe_backends.env import Settings
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.sglang import seams
+from hopper_moe.quantization.errors import Refusal
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 DISTRIBUTION = "sglang-hopper-moe"
 PLUGIN_GROUP = "sglang.srt.plugins"
-MIN_CUDA = (12, 0)  # the first toolkit that knows sm_90a
-MIN_DISK_GIB = 2  # a full kernel cache is far smaller; below this, compilers fail with odd messages
+MIN_CUDA = (12, 0)  # the first toolkit with sm_90a
+MIN_DISK_GIB = 2  # a full kernel cache is far smaller; with less, compilers fail with misleading messages
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor: a verdict (ok, note, FAIL), what was looked at, and what was found."""
+    """One line of the doctor: a verdict (ok, note, FAIL), the subject, and the finding."""
 
     verdict: str
     subject: str
@@ -58,9 +59,9 @@ def gpus(machine: Machine) -> list[Finding]:
         text = (
             f"{gpu.index}: {gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}, {gpu.num_sms} SMs, "
             f"{gpu.memory_bytes / GIB:.0f} GiB HBM, {gpu.free_bytes / GIB:.0f} GiB free, "
-            f"{gpu.num_nvlinks} NVLinks up"
+            f"{gpu.nvlinks}"
         )
-        hopper = gpu.capability == HOPPER
+        hopper = is_sm90(gpu.capability)
         findings.append(
             Finding(OK if hopper else NOTE, "gpu", text if hopper else f"{text}; not Hopper, the fused kernels do not run")
         )
@@ -100,7 +101,7 @@ def compiled() -> list[Finding]:
     """Which kernel libraries the cache holds, for exactly these sources, flags and compiler."""
     try:
         paths = {name: jit.library_path(library) for name, library in jit.LIBRARIES.items()}
-    except (Refusal, ImportError):  # no compiler that works or no tvm-ffi: the lines above say so
+    except (Refusal, ImportError):  # no working compiler or no tvm-ffi, which earlier lines report
         return []
     return [
         Finding(OK, "kernels", f"{name} is {'compiled' if path.exists() else 'not compiled yet: happens once, at first use'}")
@@ -114,21 +115,21 @@ def sglang() -> list[Finding]:
     except importlib.metadata.PackageNotFoundError:
         return [Finding(NOTE, "sglang", "not installed: pip install 'sglang-hopper-moe[sglang]' to serve on a Hopper GPU")]
     try:
-        table = seams.pinned_version(version)
+        seams.require_supported(version)
     except Refusal as refusal:
         return [Finding(FAIL, "sglang", str(refusal))]
-    return [_ranged("sglang", version, Version(version)), _seams(table)]
+    return [_ranged("sglang", version, Version(version)), _seams()]
 
 
-def _seams(table: str) -> Finding:
-    """Whether every place in the installed SGLang that the plugin hooks into looks as it did when we tested version `table`."""
-    places = {**seams.LAUNCHER[table], **seams.WORKER[table]}
+def _seams() -> Finding:
+    """Whether every API of the installed SGLang that the plugin patches is as pinned."""
+    places = {**seams.LAUNCHER, **seams.WORKER}
     with warnings.catch_warnings():  # SGLang's modules warn about GPUs that this check does not need
         warnings.simplefilter("ignore")
         problems = seams.check(places)
     if problems:
         return Finding(FAIL, "sglang", f"the plugin's hooks do not fit: {'; '.join(problems)}")
-    return Finding(OK, "sglang", f"all {len(places)} places where the plugin hooks in look as in {table}")
+    return Finding(OK, "sglang", f"all {len(places)} places where the plugin hooks in look as in {seams.VERSION}")
 
 
 def plugin() -> Finding:
@@ -151,7 +152,7 @@ def cpu_host() -> Finding:
 
 
 def third_party_kernels() -> Finding:
-    """Our folder `kernels` must never answer to `import kernels`, the name of a package that transformers looks for."""
+    """Check that `import kernels` does not find our folder: transformers looks for a package of that name."""
     spec = importlib.util.find_spec("kernels")
     ours = Path(__file__).resolve().parent.parent / "kernels"
     if spec and spec.submodule_search_locations and ours in [Path(place).resolve() for place in spec.submodule_search_locations]:

@@ -7,7 +7,7 @@ import os
 import click
 
 from hopper_moe.moe_backends.env import load
-from hopper_moe.moe_backends.env_table import LEGACY_ALWAYS_ON, LEGACY_SWITCHES, VARIABLES
+from hopper_moe.moe_backends.env_table import LEGACY_ALWAYS_ON, LEGACY_SWITCHES, PREFIX, VARIABLES, is_foreign
 
 
 @click.command()
@@ -27,5 +27,7 @@ def env() -> None:
     click.echo(
         f"{LEGACY_ALWAYS_ON} = {os.environ.get(LEGACY_ALWAYS_ON, 'unset')}\n    always on here: 1 changes nothing, 0 is refused"
     )
+    for name in sorted(name for name, value in os.environ.items() if name.startswith(PREFIX) and is_foreign(name, value)):
+        click.echo(f"ignored: {name}={os.environ[name]} (a service link of Kubernetes or Docker)")
     for line in settings.translations:
         click.echo(f"translated: {line}")

@@ -1,4 +1,4 @@
-"""Servers as child processes: started from any thread, waited for, and stopped whatever ends the block that they belong to."""
+"""Servers as child processes: started from any thread, waited for, and stopped however their block ends."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import psutil
 
 from hopper_moe.launch.ports import port_problem
+from hopper_moe.launch.proxies import own_servers_direct
 from hopper_moe.launch.signals import handled
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 HOST = "127.0.0.1"
 _TAIL = 40  # lines of the log that a failure shows
 _PATIENCE = 30.0  # seconds between SIGTERM and SIGKILL
-# Without PYTHONSAFEPATH a start from a checkout of ours would import its `kernels` folder as the package of that name.
+# Without PYTHONSAFEPATH a start from our checkout would import its `kernels` folder as the package of that name.
 _ENVIRONMENT = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -49,15 +51,15 @@ class ServerProcess:
         return self.process.poll() is None
 
     def family(self) -> list[psutil.Process]:
-        """Itself and every process that it started and that is there now; empty when it has ended."""
+        """The process and its running descendants; empty when it has ended."""
         with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self.process.pid)
             return [parent, *parent.children(recursive=True)]
         return []
 
     def listens(self) -> bool:
-        """Whether the port is one of its family's. Who answers there need not be it: of two servers that load for a minute and
-        then take the same port, the second still runs for some seconds.
+        """Whether a process of its family listens on the port. An answer there may come from another server: of two that load for
+        a minute and then bind the same port, the second still runs for some seconds.
         """
         for process in self.family():
             with suppress(psutil.Error):
@@ -67,7 +69,7 @@ class ServerProcess:
         return False
 
     def send(self, number: signal.Signals) -> None:
-        """A signal to it and every process that it started: they share its process group."""
+        """Send a signal to its process group, which contains every process that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
@@ -103,11 +105,11 @@ class ServerProcess:
 
 
 class Servers:
-    """What `servers()` gives: it starts them, and stops them all together."""
+    """The servers of one `servers()` block: starts them, and stops them all together."""
 
     def __init__(self) -> None:
         self._started: list[ServerProcess] = []
-        self._lock = threading.Lock()  # held by the thread that starts one
+        self._lock = threading.Lock()  # held while a server is started
         self._starting: threading.Thread | None = None
         self._ending = self._in_a_hurry = False
         self._leave_with: BaseException | None = None
@@ -125,8 +127,8 @@ class Servers:
 
         Args:
             port: where it will listen.
-            log: file for everything that it says.
-            environment: variables beside this process's.
+            log: file for its stdout and stderr.
+            environment: variables in addition to this process's.
             name: of the server, in sentences.
 
         Raises:
@@ -140,7 +142,7 @@ class Servers:
             finally:
                 self._starting = None
         if self._leave_with and threading.current_thread() is threading.main_thread():
-            self._leave()
+            self._leave(self._leave_with)
         return server
 
     def _start(self, command: list[str], port: int, log: Path, environment: Mapping[str, str], name: str) -> ServerProcess:
@@ -149,7 +151,7 @@ class Servers:
         if problem := port_problem(HOST, port):
             raise Refusal(f"port {port} of {HOST} cannot be used ({problem}): choose a free one.")
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, **_ENVIRONMENT, **environment}
+        environment = {**os.environ, **own_servers_direct(), **_ENVIRONMENT, **environment}
         begun = time.monotonic()
         with log.open("w") as output:
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -163,23 +165,23 @@ class Servers:
         _stop(self._started, lambda: self._in_a_hurry)
 
     def _told_to_end(self, number: int, _frame: object) -> None:
-        """A signal leaves the block, though not between a process and its entry in the list. While the servers are being stopped
-        it means: no more patience.
+        """A signal ends the block, but not between the start of a process and its entry in the list. While servers are being
+        stopped it skips the remaining wait.
         """
         self._in_a_hurry = self._ending
         self._leave_with = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
-        if not self._ending and self._starting is not threading.main_thread():  # where Python runs this
-            self._leave()
+        if not self._ending and self._starting is not threading.main_thread():  # Python runs handlers in the main thread
+            self._leave(self._leave_with)
 
-    def _leave(self) -> None:
+    def _leave(self, reason: BaseException) -> NoReturn:
         self._ending = True
-        raise self._leave_with
+        raise reason
 
 
 @contextmanager
 def servers() -> Iterator[Servers]:
-    """Servers that end with this block at the latest, also when Ctrl-C, SIGTERM or SIGHUP ends it: each is in a session of its
-    own, and would go on for ever. For the main thread; the servers may be started from any other.
+    """Servers that end with this block, also when Ctrl-C, SIGTERM or SIGHUP ends it. Each has a session of its own and would
+    otherwise keep running. Enter the block in the main thread; any thread may start servers.
     """
     group = Servers()
     with handled(group._told_to_end):
@@ -187,8 +189,8 @@ def servers() -> Iterator[Servers]:
             yield group
         finally:
             group._stop()
-        if group._leave_with:  # told to end during the stop only
-            group._leave()
+        if group._leave_with:  # a signal arrived only during the stop
+            group._leave(group._leave_with)
 
 
 def _stop(started: Sequence[ServerProcess], in_a_hurry: Callable[[], bool] = lambda: False) -> None:
@@ -198,14 +200,16 @@ def _stop(started: Sequence[ServerProcess], in_a_hurry: Callable[[], bool] = lam
     while any(server.is_alive() for server in started) and time.monotonic() < deadline and not in_a_hurry():
         time.sleep(0.05)
     for server in started:
-        server.send(signal.SIGKILL)  # and whatever it has left behind
+        server.send(signal.SIGKILL)  # and its remaining descendants
     for server in started:
-        with suppress(subprocess.TimeoutExpired):  # a driver may hold it for ever
+        with suppress(subprocess.TimeoutExpired):  # a driver may block it indefinitely
             server.process.wait(10)
 
 
 def _get(url: str) -> httpx.Response | None:
     try:
-        return httpx.get(url, timeout=5, verify=False)  # loading certificates, here for nothing, takes most of the time
+        return httpx.get(
+            url, timeout=5, verify=False, trust_env=False
+        )  # no proxy and no certificates, whose loading would take most of the time
     except httpx.HTTPError:
         return None

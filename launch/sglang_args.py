@@ -1,161 +1,88 @@
-"""The few SGLang arguments that decide whether a launch can work. SGLang parses them all again; this only reads."""
+"""SGLang's arguments of a launch, read by SGLang's own parser, including abbreviations, --config files and defaults."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
-from hopper_moe.moe_backends.arguments import BACKEND, UNSUPPORTED
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.sglang.launch_view import LaunchView
+from hopper_moe.moe_backends.sglang.plan import BACKEND
+from hopper_moe.quantization.errors import Refusal
 
 
 @dataclass(frozen=True)
-class LaunchPlan:
-    """A launch as asked for. Sizes are numbers of ranks; `chunked_prefill_size` is per rank, None: SGLang's default."""
+class Launch:
+    """A requested launch on Hopper GPUs; `arguments` are the user's, unparsed."""
 
     model: str
-    tp_size: int = 1
-    ep_size: int = 1
-    attn_dp_size: int = 1
-    pp_size: int = 1
-    dp_size: int = 1  # replicas of the whole model; attention data parallelism is none
-    moe_a2a_backend: str = "none"
-    chunked_prefill_size: int | None = None
-    base_gpu_id: int = 0
-    gpu_id_step: int = 1
-    device: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 30000
-    sglang_args: tuple[str, ...] = ()
+    view: LaunchView
+    arguments: tuple[str, ...]
 
     @property
     def num_gpus(self) -> int:
-        """GPUs of all replicas. SGLang numbers them group by group: `tp_size` neighbours hold one stage of one replica."""
-        return self.tp_size * self.pp_size * self.dp_size
+        """GPUs of all replicas on this host. SGLang numbers them group by group: `tp_size` neighbours hold one stage."""
+        return self.view.ranks_per_node * self.view.num_replicas
+
+    @property
+    def gpu_stages(self) -> list[tuple[int, int]]:
+        """(GPU, pipeline stage) of every rank of this host as SGLang numbers the GPUs, --base-gpu-id and --gpu-id-step
+        included."""
+        args, view = self.view.args, self.view
+        tp_size = min(args.tp_size, view.ranks_per_node)
+        stages = view.local_stages
+        return [
+            (args.base_gpu_id + (replica * len(stages) * args.gpu_id_step + place) * tp_size + rank * args.gpu_id_step, stage)
+            for replica in range(view.num_replicas)
+            for place, stage in enumerate(stages)
+            for rank in range(tp_size)
+        ]
 
     @property
     def gpu_ids(self) -> list[int]:
-        """The GPU of every rank as SGLang numbers them, `--base-gpu-id` and `--gpu-id-step` included."""
-        return [
-            self.base_gpu_id + (replica * self.pp_size * self.gpu_id_step + stage) * self.tp_size + rank * self.gpu_id_step
-            for replica in range(self.dp_size)
-            for stage in range(self.pp_size)
-            for rank in range(self.tp_size)
-        ]
-
-    def on_one_process(self) -> LaunchPlan:
-        """The same launch on the embedded CPU host: one rank, no prefill chunks."""
-        one_rank = dict.fromkeys(("tp_size", "ep_size", "attn_dp_size", "pp_size", "dp_size"), 1)
-        return replace(self, **one_rank, moe_a2a_backend="none", chunked_prefill_size=None)
-
-    def not_for_cpu(self) -> list[str]:
-        """Arguments of this launch that mean nothing to the embedded CPU host."""
-        host = _Parser(add_help=False, allow_abbrev=False)
-        for name in ("--host", "--port", "--device", "--moe-runner-backend"):
-            host.add_argument(name)
-        return host.parse_known_args(list(self.sglang_args))[1]
+        """The GPU of every rank of this host."""
+        return [number for number, _ in self.gpu_stages]
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Refusal(f"arguments: {message}.")
+        raise Refusal(f"arguments: {message}; `sglang serve --help` lists them.")
 
 
-def _whole(low: int, high: int):
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in {low}..{high}")
-        return int(text)
-
-    return parse
-
-
-def _parser() -> _Parser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model-path", "--model")
-    parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=_whole(1, 1024), default=1)
-    parser.add_argument("--ep-size", "--expert-parallel-size", "--ep", type=_whole(1, 1024))
-    parser.add_argument("--pp-size", "--pipeline-parallel-size", type=_whole(1, 1024), default=1)
-    parser.add_argument("--dp-size", "--data-parallel-size", "--dp", type=_whole(1, 1024), default=1)
-    parser.add_argument("--attn-dp-size", "--attention-data-parallel-size", type=_whole(1, 1024), default=1)
-    parser.add_argument("--enable-dp-attention", action="store_true")
-    parser.add_argument("--base-gpu-id", type=_whole(0, 1024), default=0)
-    parser.add_argument("--gpu-id-step", type=_whole(1, 1024), default=1)
-    parser.add_argument("--nnodes", type=_whole(1, 1024), default=1)
-    parser.add_argument("--chunked-prefill-size", type=_whole(-1, 1 << 24))
-    parser.add_argument("--moe-runner-backend", default=BACKEND)
-    parser.add_argument("--moe-a2a-backend", default="none")
-    parser.add_argument("--quantization")
-    parser.add_argument("--config")
-    parser.add_argument("--device", choices=("cuda", "cpu"))
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=_whole(1, 65535), default=30000)
-    for field, flag, _ in UNSUPPORTED:  # bare flags, or values of any kind
-        parser.add_argument(flag, dest=field, nargs="*")
-    return parser
-
-
-def parse(model: str, arguments: Sequence[str]) -> tuple[LaunchPlan, list[str]]:
-    """Read a launch from `hopper-moe serve MODEL arguments...`; the list holds one sentence per argument we refuse."""
-    read, _ = _parser().parse_known_args(list(arguments))
-    problems = []
-    if read.model_path is not None:
-        problems.append(f"--model-path {read.model_path} is given beside MODEL {model}: name the model once.")
-    if read.config is not None:
-        problems.append(
-            f"--config {read.config} holds arguments that these checks would not see: give them on the command line or use "
-            f"`sglang serve` with --moe-runner-backend {BACKEND}."
+def parse(model: str, arguments: Sequence[str]) -> Launch:
+    """Read a launch of `hopper-moe serve MODEL arguments...`. Raises `Refusal` for arguments that SGLang's parser refuses."""
+    if importlib.util.find_spec("sglang") is None:
+        raise Refusal(
+            "sglang, which does the serving on a Hopper machine, is not installed: pip install 'sglang-hopper-moe[sglang]'."
         )
-    if read.moe_runner_backend != BACKEND:
-        problems.append(f"--moe-runner-backend {read.moe_runner_backend} is not this plugin: leave it out or use `sglang serve`.")
-    if read.moe_a2a_backend not in ("none", "megamoe"):
-        problems.append(
-            f"--moe-a2a-backend {read.moe_a2a_backend} does not go with {BACKEND}, which takes tokens in SGLang's "
-            "standard layout: leave it out."
-        )
-    if read.quantization not in (None, "fp8"):
-        problems.append(f"--quantization {read.quantization} does not fit: DeepSeek-V4 checkpoints declare fp8, leave it out.")
-    if read.nnodes > 1:
-        problems.append(
-            f"--nnodes {read.nnodes} needs a network between GPUs: this kernel works inside one node, "
-            "start a server of its own on each."
-        )
-    for field, flag, reason in UNSUPPORTED:
-        if getattr(read, field) not in (None, ["0"]):  # 0 switches off what takes a size, as the plugin reads it
-            problems.append(f"{flag} cannot run with --moe-runner-backend {BACKEND}, {reason}: leave it out.")
-    ep_size = read.ep_size if read.ep_size is not None else 1
-    if read.tp_size % ep_size:
-        problems.append(f"--ep-size {ep_size} does not divide --tp-size {read.tp_size}: use {read.tp_size} or leave it out.")
-    attn_dp, replicas = _data_parallel(read)
-    if read.tp_size % attn_dp:
-        problems.append(f"{attn_dp} attention data-parallel ranks do not divide --tp-size {read.tp_size}: use a divisor.")
-    chunk = read.chunked_prefill_size
-    if chunk == 0:
-        problems.append("--chunked-prefill-size 0 means nothing: give a number of tokens, or -1 to switch it off.")
-    per_rank = None if chunk is None or chunk <= 0 else max(1, chunk // attn_dp)  # as SGLang divides it
-    plan = LaunchPlan(
-        model=model,
-        tp_size=read.tp_size,
-        ep_size=ep_size,
-        attn_dp_size=attn_dp,
-        pp_size=read.pp_size,
-        dp_size=replicas,
-        moe_a2a_backend=read.moe_a2a_backend,
-        chunked_prefill_size=per_rank,
-        base_gpu_id=read.base_gpu_id,
-        gpu_id_step=read.gpu_id_step,
-        device=read.device,
-        host=read.host,
-        port=read.port,
-        sglang_args=tuple(arguments),
-    )
-    return plan, problems
+    from sglang.srt.server_args import ServerArgs
+
+    from hopper_moe.moe_backends.sglang import compat
+
+    compat.register_choice()
+    parser = _Parser(prog="sglang serve")
+    ServerArgs.add_cli_args(parser)
+    before = dict(os.environ)
+    try:
+        read = parser.parse_args(_with_config(parser, ["--model-path", model, "--moe-runner-backend", BACKEND, *arguments]))
+        args = ServerArgs.from_cli_args(read)
+    except (ValueError, AssertionError, OSError) as error:
+        raise error if isinstance(error, Refusal) else Refusal(f"arguments: {error}.") from None
+    finally:  # the server reads the user's environment, without what parsing has changed in it
+        os.environ.clear()
+        os.environ.update(before)
+    if args.model_path != model:
+        raise Refusal(f"--model-path {args.model_path} is given beside MODEL {model}: name the model once.")
+    return Launch(model, LaunchView(args, is_resolved=False), tuple(arguments))
 
 
-def _data_parallel(read: argparse.Namespace) -> tuple[int, int]:
-    """(attention data-parallel ranks, replicas of the model). The older --enable-dp-attention makes the former of --dp-size."""
-    if read.enable_dp_attention and read.attn_dp_size == 1:
-        return read.dp_size, 1
-    return read.attn_dp_size, read.dp_size
+def _with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """The arguments of a --config file merged in, as SGLang does it."""
+    if "--config" not in argv:
+        return argv
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    return ConfigArgumentMerger(parser).merge_config_with_args(argv)

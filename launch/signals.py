@@ -1,4 +1,4 @@
-"""What a command does when it is told to end."""
+"""Handling of the signals that end a command."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system
 
 @contextmanager
 def handled(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """`handler` gets the signals that end a command while the block runs. Call it from the main thread.
+    """Call `handler` for the signals that end a command while the block runs. For the main thread.
 
-    What this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT of a shell's background job.
+    Signals that this process was started to ignore stay ignored: SIGHUP under nohup, SIGINT of a shell's background job.
     """
     previous = {number: signal.getsignal(number) for number in _ENDS}
     taken = {number: was for number, was in previous.items() if was is not signal.SIG_IGN}

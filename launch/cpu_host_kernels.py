@@ -1,4 +1,0 @@
-"""Names of the kernels the CPU host offers; importing this costs nothing."""
-
-TRANSFORMERS = "transformers"  # transformers' own experts on dequantised FP32 weights, to compare with
-CPU_KERNELS = ("reference", "w4a16", TRANSFORMERS)
