@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from sgl_eval.evals import _loader, _math, _multichoice, _registry
 from sgl_eval.evals._prompts import render_prompt, resolve_prompt
 from sgl_eval.types import Example, Sample
 
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 DATA = Path(__file__).parent / "data"
 WORD_PROBLEMS = DATA / "word_problems.jsonl"
@@ -104,12 +105,16 @@ def _from_file(name: str, path: Path, num_examples: int | None, *, letters: bool
         raise Refusal(f"--data {path} is no file: give a JSON Lines file with problem and expected_answer in every row.")
     rows = _rows(path)
     if name == "gsm8k" and "question" in rows[0][1] and "problem" not in rows[0][1]:
+        for number, row in rows:
+            if not isinstance(row.get("question"), str) or "####" not in str(row.get("answer")):
+                raise Refusal(
+                    f"--data {path}, line {number}: a row of gsm8k's own form needs question and answer, texts, the answer with "
+                    "#### before its number."
+                )
         return _original_gsm8k(path, num_examples)
     seen: dict[str, int] = {}
     for number, row in rows:
-        for field in ("problem", "expected_answer"):
-            if row.get(field) in (None, ""):
-                raise Refusal(f"--data {path}, line {number}: {field} is missing: every row needs problem and expected_answer.")
+        _check_types(path, number, row)
         if letters and not (isinstance(row["expected_answer"], str) and len(row["expected_answer"]) == 1):
             raise Refusal(
                 f"--data {path}, line {number}: expected_answer {row['expected_answer']!r} is no single letter: "
@@ -120,6 +125,18 @@ def _from_file(name: str, path: Path, num_examples: int | None, *, letters: bool
                 f"--data {path}, line {number}: id {row['id']!r} is used on line {seen[str(row['id'])]} too: make ids unique."
             )
     return _loader.load_from_path(str(path))(num_examples)
+
+
+def _check_types(path: Path, number: int, row: dict[str, Any]) -> None:
+    for field, types in (("problem", (str,)), ("expected_answer", (str, int, float))):
+        value = row.get(field)
+        if value in (None, ""):
+            raise Refusal(f"--data {path}, line {number}: {field} is missing: every row needs problem and expected_answer.")
+        if type(value) not in types or value != value:
+            needed = "a text" if types == (str,) else "a text or a number"
+            raise Refusal(f"--data {path}, line {number}: {field} is {reprlib.repr(value)}, but {needed} is needed.")
+    if type(row.get("id")) not in (str, int, type(None)):
+        raise Refusal(f"--data {path}, line {number}: id is {reprlib.repr(row['id'])}, but a text or a whole number is needed.")
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -133,10 +150,16 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, and nesting, are no JSONDecodeError
             raise Refusal(f"--data {path}, line {number}: no valid JSON ({error}): every line is one JSON object.") from error
         if not isinstance(row, dict):
             raise Refusal(f"--data {path}, line {number}: a {type(row).__name__}, not an object: every line is one JSON object.")
+        for field, value in row.items():
+            if any("\ud800" <= character <= "\udfff" for character in f"{field}{value}"):
+                raise Refusal(
+                    f"--data {path}, line {number}: {ascii(field)[1:-1]} holds half a surrogate pair, which no request carries: "
+                    "mend the text."
+                )
         rows.append((number, row))
     if not rows:
         raise Refusal(f"--data {path} has no rows: give at least one question.")

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from hopper_moe.eval.benchmark_cli import BENCHMARKS, FiniteRange, run_benchmark, run_options
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.eval.asking import Asking, FiniteRange, run_options
+from hopper_moe.eval.benchmark_cli import BENCHMARKS, run_benchmark
+from hopper_moe.quantization.errors import Refusal
 
 EXIT_CODES = {"same": 0, "better": 0, "worse": 5, "undecided": 6}
 
@@ -37,7 +38,7 @@ def compare(
     kernels: str | None,
     benchmark: str,
     fresh: bool,
-    **how: Any,
+    **asking: Any,
 ) -> None:
     """Is run B as good as run A? Same questions, paired: difference with 95 % interval, p-value, flipped questions, verdict.
 
@@ -58,7 +59,7 @@ def compare(
                 f"--serve with kernels {kernels!r} and {len(runs)} folders: give no folder and two different --kernels or more."
             )
         verdicts = _serve_and_compare(
-            model, names, benchmark, margin / 100, out or Path("eval-runs/compare"), allow_errors, fresh, how
+            model, names, benchmark, margin / 100, out or Path("eval-runs/compare"), allow_errors, fresh, Asking(**asking)
         )
     sys.exit(max(EXIT_CODES[verdict] for verdict in verdicts))
 
@@ -89,7 +90,7 @@ def _serve_and_compare(
     out: Path,
     allow_errors: float,
     fresh: bool,
-    how: dict[str, Any],
+    how: Asking,
 ) -> list[str]:
     from hopper_moe.eval.serving import fingerprint, served, server_command
 
@@ -98,8 +99,16 @@ def _serve_and_compare(
     folders = {kernel: out / kernel for kernel in kernels}
     for kernel, folder in folders.items():
         with served(model, kernel, out / f"server-{kernel}.log") as base_url:
-            own = {"recorded_url": "own", "checkpoint": fingerprint(model)}
-            status, _ = run_benchmark(benchmark, base_url, out=folder, fresh=fresh, allow_errors=allow_errors, **own, **how)
+            status, _ = run_benchmark(
+                benchmark,
+                base_url,
+                how,
+                out=folder,
+                fresh=fresh,
+                allow_errors=allow_errors,
+                recorded_url="own",
+                checkpoint=fingerprint(model),
+            )
         if status:
             sys.exit(status)
     first = kernels[0]

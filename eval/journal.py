@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from sgl_eval.types import Sample
 
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 _FIELDS = (
     "text",
@@ -25,6 +27,11 @@ _FIELDS = (
 
 
 LOCK = "lock"
+
+
+def json_line(record: dict[str, Any]) -> bytes:
+    """One line of UTF-8. Half a surrogate pair, which UTF-8 cannot hold, is written as JSON's escape and read back."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 class RunLock:
@@ -49,6 +56,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
@@ -66,11 +74,21 @@ class Journal:
         self._lock = threading.Lock()
 
     def add(self, example_id: str, repeat: int, seed: int | None, sample: Sample) -> None:
-        """Record a finished answer. One write call, so the line is whole or absent."""
+        """Record a finished answer. One write call, so the line is whole or absent. Raises Refusal for a full disk, which leaves
+        no half line."""
         record = {"id": example_id, "repeat": repeat, "seed": seed, **{name: getattr(sample, name) for name in _FIELDS}}
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        line = json_line(record)
         with self._lock:
-            os.write(self._fd, line)
+            size = os.fstat(self._fd).st_size
+            try:
+                if os.write(self._fd, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                os.ftruncate(self._fd, size)
+                raise Refusal(
+                    f"{self._path} cannot be written ({error.strerror}), after {len(self.answers)} answers: free some space, and "
+                    "the same command carries on."
+                ) from error
             self.answers[example_id, repeat] = sample
 
     def close(self) -> None:

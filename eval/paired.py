@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from hopper_moe.eval.statistics import Z95, wilson
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 RESAMPLES = 10_000
 SIGNIFICANCE = 0.05
@@ -92,6 +92,12 @@ def check_pair(a: Run, b: Run) -> None:
         raise Refusal(f"{a.folder} and {b.folder} hold different question ids: run both on the same data.")
 
 
+def _complete(scores: list[float | None]) -> list[float] | None:
+    """The scores of a question of which every repeat was answered, else None."""
+    known = [score for score in scores if score is not None]
+    return known if len(known) == len(scores) else None
+
+
 def compare(a: Run, b: Run, margin: float) -> dict[str, Any]:
     """Difference B - A of pass@1 over questions answered in both. Differences up to `margin` (0..1) do not matter.
 
@@ -99,7 +105,8 @@ def compare(a: Run, b: Run, margin: float) -> dict[str, Any]:
     permutation test and percentile bootstrap of the per-question differences, which treats questions as the sample.
     """
     check_pair(a, b)
-    pairs = [(i, x, y) for i, (x, y) in enumerate(zip(a.scores, b.scores, strict=True)) if None not in x and None not in y]
+    both = zip(map(_complete, a.scores), map(_complete, b.scores), strict=True)
+    pairs = [(i, x, y) for i, (x, y) in enumerate(both) if x is not None and y is not None]
     if not pairs:
         raise Refusal(f"{a.folder} and {b.folder} have no question that both answered: repeat the runs.")
     mean_a = np.array([np.mean(x) for _, x, _ in pairs])

@@ -37,7 +37,7 @@ def write_report(result: dict[str, Any], a: Run, b: Run, out: Path) -> None:
     """report.md, report.png and compare.json in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "report.md").write_text(markdown(result, a, b), encoding="utf-8")
+    (out / "report.md").write_text(markdown(result, a, b), encoding="utf-8", errors="backslashreplace")
     plot(result, out / "report.png")
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from sgl_eval.types import Example, GenConfig, Sample
 from tqdm import tqdm
 
 from hopper_moe.eval.benchmarks import Benchmark
-from hopper_moe.eval.journal import LOCK, Journal, RunLock
-from hopper_moe.eval.sampler import Sampler
+from hopper_moe.eval.journal import LOCK, Journal, RunLock, json_line
+from hopper_moe.eval.sampler import GIVE_UP_AFTER, Sampler
 from hopper_moe.eval.statistics import Attempt, active_seconds, summarize
 from hopper_moe.launch.signals import handled
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 COMPLETE, INTERRUPTED, NO_SERVER = 0, 130, 4
 _OURS = ("settings.tmp", LOCK)  # what a run killed before its first question leaves
@@ -36,6 +37,7 @@ class Options:
     max_tokens: int | None
     thinking: bool
     seed: int | None
+    extra_body: dict[str, Any] | None = None  # fields beyond OpenAI's protocol that the user asked for
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def run_settings(
         "data_sha256": benchmark.data_sha256,
         "questions": len(benchmark.examples),
         "prompt": benchmark.prompt_name,
-        "base_url": recorded_url or base_url,
+        "base_url": recorded_url or sampler.endpoint.shown_url,
         "model": sampler.model,
         "checkpoint": checkpoint,
         "server": _server_says(sampler),
@@ -86,13 +88,14 @@ def run_settings(
 def _server_says(sampler: Sampler) -> dict[str, Any]:
     """The model entry of /models without what changes at every start: the CPU host names its kernel there."""
     entry = next((e for e in sampler.models if e["id"] == sampler.model), {})
-    return {k: v for k, v in entry.items() if k in ("kernel", "root", "max_model_len", "owned_by")}
+    said = {k: v for k, v in entry.items() if k in ("kernel", "root", "max_model_len", "owned_by")}
+    return json.loads(sampler.endpoint.shown(json.dumps(said)))
 
 
 def default_directory(settings: dict[str, Any]) -> Path:
     """The folder that a repeated call finds again: named after benchmark, model and a digest of all settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-    model = Path(str(settings["model"])).name or "model"
+    model = "".join(c if c.isprintable() else "_" for c in Path(str(settings["model"])).name)[:100] or "model"
     return Path("eval-runs") / f"{settings['benchmark']}-{model}-{digest}"
 
 
@@ -140,7 +143,7 @@ class _Progress:
     def __init__(self, name: str, total: int, replayed: frozenset[tuple[str, int]]) -> None:
         self._replayed = replayed
         self.graded: dict[tuple[str, int], Graded] = {}
-        self._right = self._errors = 0
+        self._right, self._errors = 0.0, 0
         interval = 0.2 if sys.stderr.isatty() else 5.0  # seconds between redraws: a log file needs few lines
         bar = {"desc": name, "unit": "answer", "dynamic_ncols": True, "smoothing": 0.05, "mininterval": interval}
         self.bar = tqdm(total=total, initial=len(replayed), **bar)
@@ -156,6 +159,29 @@ class _Progress:
             self.bar.update(1)
 
 
+def _ask(benchmark: Benchmark, sampler: Sampler, options: Options, journal: Journal, example: Example, repeat: int) -> Sample:
+    """The journal's answer, or the server's, which the journal keeps unless the request failed."""
+    known = journal.answers.get((example.id, repeat))
+    if known is not None:
+        return known
+    gen = GenConfig(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        seed=request_seed(options.seed, example.id, repeat),
+        chat_template_kwargs={"thinking": True} if options.thinking else None,
+        extra_body=options.extra_body,
+    )
+    sample = sampler(benchmark.messages(example), gen)
+    if sample.finish_reason != "error":
+        try:
+            journal.add(example.id, repeat, gen.seed, sample)
+        except Refusal:
+            sampler.abort()  # nothing further is asked whose answer could not be kept
+            raise
+    return sample
+
+
 def evaluate(
     benchmark: Benchmark, sampler: Sampler, options: Options, settings: dict[str, Any], out: Path, concurrency: int
 ) -> tuple[int, dict[str, Any] | None]:
@@ -166,34 +192,19 @@ def evaluate(
     are signals.
     """
     journal = Journal(out / "answers.jsonl")
+    sampler.answered = sampler.answered or bool(journal.answers)
     total = len(benchmark.examples) * options.n_repeats
     progress = _Progress(benchmark.name, total, frozenset(journal.answers))
     if journal.answers:
         note = f"{out}: {len(journal.answers)} of {total} answers are there and not asked again (--fresh asks all again)"
         progress.bar.write(note, file=sys.stderr)
 
-    def ask(example: Example, repeat: int) -> Sample:
-        known = journal.answers.get((example.id, repeat))
-        if known is not None:
-            return known
-        gen = GenConfig(
-            temperature=options.temperature,
-            top_p=options.top_p,
-            max_tokens=options.max_tokens,
-            seed=request_seed(options.seed, example.id, repeat),
-            chat_template_kwargs={"thinking": True} if options.thinking else None,
-        )
-        sample = sampler(benchmark.messages(example), gen)
-        if sample.finish_reason != "error":
-            journal.add(example.id, repeat, gen.seed, sample)
-        return sample
-
     try:
         with handled(lambda *_: sampler.abort()):
             run_examples(
                 name=benchmark.name,
                 examples=benchmark.examples,
-                sample_fn=ask,
+                sample_fn=partial(_ask, benchmark, sampler, options, journal),
                 score_one_fn=lambda e, s: (0.0, None) if s.finish_reason == "error" else benchmark.grade(e, s),
                 num_threads=concurrency,
                 n_repeats=options.n_repeats,
@@ -205,7 +216,8 @@ def evaluate(
         journal.close()
     if sampler.hopeless:
         print(
-            f"gave up: the first {sampler.failed_requests} requests all failed, the last with {sampler.last_error}",
+            f"gave up: {GIVE_UP_AFTER} questions in a row got no answer, the last because {sampler.last_error}; "
+            f"{len(journal.answers)} of {total} answers are in {out}, the same command carries on",
             file=sys.stderr,
         )
         return NO_SERVER, None
@@ -214,6 +226,10 @@ def evaluate(
         return INTERRUPTED, None
     metrics = write_report(benchmark, options, settings, progress.graded, sampler, out)
     return COMPLETE, metrics
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def write_report(
@@ -227,7 +243,7 @@ def write_report(
     """records.jsonl (one line per request, in question order) and metrics.json; the metrics are returned too."""
     questions: list[list[Attempt]] = []
     unfinished = out / "records.tmp"
-    with unfinished.open("w", encoding="utf-8") as records:
+    with unfinished.open("wb") as records:
         for e in benchmark.examples:
             of_question = [graded[e.id, repeat] for repeat in range(options.n_repeats)]
             questions.append([g.attempt() for g in of_question])
@@ -248,11 +264,13 @@ def write_report(
                     "start": g.sample.generation_start_time,
                     "end": g.sample.generation_end_time,
                 }
-                records.write(json.dumps(record, ensure_ascii=False) + "\n")
+                records.write(json_line(record))
     unfinished.replace(out / "records.jsonl")
-    metrics = {
-        k: None if isinstance(v, float) and math.isnan(v) else v for k, v in summarize(questions).items()
+    metrics: dict[str, Any] = {
+        name: None if _is_nan(value) else value for name, value in summarize(questions).items()
     }  # JSON has no NaN
+    samples = [g.sample for g in graded.values() if g.score is not None]
+    metrics["reasoning_only"] = sum(not s.text.strip() and bool((s.reasoning_content or "").strip()) for s in samples)
     seconds = active_seconds([a for q in questions for a in q])
     metrics["timing"] = {
         "active_seconds": seconds,

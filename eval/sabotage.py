@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hopper_moe.kernels.reference_weights import ExpertSource, Matrix
-from hopper_moe.launch.cpu_host_experts import ExpertsKernel, reference_kernel
+from hopper_moe.launch.cpu_host.experts import ExpertsKernel, reference_kernel
+from hopper_moe.quantization.errors import Refusal
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def sabotaged_checkpoint(model: Path, out: Path, name: str) -> Path:
                 re.sub(r"(?<=\.)w[13](?=\.)", lambda m: other[m[0]], n) if ".experts." in n else n: t for n, t in tensors.items()
             }
             if renamed.keys() != tensors.keys():
-                raise ValueError(f"{file}: an expert's w1 and w3 lie in different files")
+                raise Refusal(f"{file} holds an expert's w1 or w3 without the other: write the checkpoint with both in one file.")
             save_file(renamed, file, metadata={"format": "pt"})
         return out
     changed = {

@@ -12,11 +12,11 @@ import httpx
 from tqdm import tqdm
 
 from hopper_moe.launch import machine
-from hopper_moe.launch.cpu_host_kernels import CPU_KERNELS
+from hopper_moe.launch.cpu_host.kernels import CPU_KERNELS
 from hopper_moe.launch.ports import free_port
 from hopper_moe.launch.server_process import servers
-from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.quantization.checkpoint_files import read_config
+from hopper_moe.quantization.config_values import read_config
+from hopper_moe.quantization.errors import Refusal
 
 CPU_READY, GPU_READY = 300.0, 3600.0  # seconds until the endpoint must answer
 

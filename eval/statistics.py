@@ -39,7 +39,7 @@ def summarize(questions: Sequence[Sequence[Attempt]]) -> dict[str, Any]:
     """
     n = len(questions[0])
     answered = [[a for a in q if a.score is not None] for q in questions]
-    means = np.array([np.mean([a.score for a in q]) for q in answered if q])
+    means = np.array([_mean_score(q) for q in answered if q])
     flat = [a for q in answered for a in q]
     planned = len(questions) * n
     accuracy = float(means.mean()) if len(means) else math.nan
@@ -53,8 +53,8 @@ def summarize(questions: Sequence[Sequence[Attempt]]) -> dict[str, Any]:
         "interval95": None if math.isnan(low) else [low, high],
     }
     if n > 1:
-        runs = [[q[i].score for q in questions if q[i].score is not None] for i in range(n)]
-        run_means = [float(np.mean(r)) for r in runs if r]
+        runs = [[q[i] for q in questions if q[i].score is not None] for i in range(n)]
+        run_means = [_mean_score(r) for r in runs if r]
         std = float(np.std(run_means, ddof=1)) if len(run_means) > 1 else math.nan
         metrics["std_between_repeats"] = std
         metrics["standard_error_sampling"] = std / math.sqrt(len(run_means)) if run_means else math.nan
@@ -98,10 +98,14 @@ def wilson(mean: float, standard_error: float, questions: int) -> tuple[float, f
 def active_seconds(attempts: Sequence[Attempt]) -> float:
     """Seconds during which at least one request was being answered: the same whether a run was interrupted or not."""
     total, end = 0.0, -math.inf
-    for a in sorted((a for a in attempts if a.start is not None and a.end is not None), key=lambda a: a.start):
-        total += max(0.0, a.end - max(a.start, end))
-        end = max(end, a.end)
+    for begun, ended in sorted((a.start, a.end) for a in attempts if a.start is not None and a.end is not None):
+        total += max(0.0, ended - max(begun, end))
+        end = max(end, ended)
     return total
+
+
+def _mean_score(answered: Sequence[Attempt]) -> float:
+    return float(np.mean([a.score for a in answered if a.score is not None]))
 
 
 def _mean(values: Sequence[float]) -> float:

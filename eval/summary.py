@@ -39,3 +39,14 @@ def format_summary(name: str, metrics: dict[str, Any]) -> str:
     width = max(len(label) for label, _ in rows)
     lines = [f"{label:<{width}}  {value}" for label, value in rows]
     return "\n".join([f"{name}: {metrics['questions']} questions x {n}", *lines])
+
+
+def reasoning_hint(metrics: dict[str, Any]) -> str | None:
+    """One sentence when answers have no text but reasoning: the server's parser took everything, or there was no room left."""
+    count = metrics["reasoning_only"]
+    if not count:
+        return None
+    return (
+        f"hint: {count} answers have no content, all is in reasoning_content: raise --max-tokens if they are truncated; "
+        "otherwise start the server with its --reasoning-parser, or without one if the model does not think."
+    )

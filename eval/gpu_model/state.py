@@ -49,6 +49,7 @@ def initial_state(seed: int) -> dict[str, torch.Tensor]:
     """Fresh FP32 parameters and the routing buffers (`tid2eid`: int64 [vocab, top_k], distinct experts per token)."""
     generator = torch.Generator().manual_seed(seed)
     vocab, hidden, streams = _C["vocab_size"], _C["hidden_size"], _C["hc_mult"]
+    shapes: list[tuple[str, tuple[int, ...], float]]
     shapes = [("model.embed_tokens.weight", (vocab, hidden), 0.1), ("lm_head.weight", (vocab, hidden), 0.02)]
     shapes += [("model.norm.weight", (hidden,), 1), ("model.hc_head.hc_fn", (streams, streams * hidden), 0.02)]
     shapes += [("model.hc_head.hc_base", (streams,), 0), ("model.hc_head.hc_scale", (1,), 1)]

@@ -1,12 +1,11 @@
-"""The table of truth of the real kernels: the GPU model in stock SGLang on one Hopper GPU, every row against `reference`.
+"""The accuracy table of the CUDA kernels: the GPU model in stock SGLang on one Hopper GPU, every row against `reference`.
 
 \b
-    python -m hopper_moe.eval.gpu_model.h200_table --out DIR [-- SGLANG_ARGUMENTS]
+    python -m hopper_moe.eval.accuracy_table.gpu --out DIR [-- SGLANG_ARGUMENTS]
 
-Serves `eval/data/gpu_dsv4` once per row and once per sabotaged checkpoint, asks the 1,200 held-out questions, and writes table,
-plot and table_of_truth_h200.json into eval/README.md's folder. The servers live on the GPU together (the model is small, and
-nothing is timed here); a server that does not start costs its row only. Run again with the same DIR, it asks only what is
-missing.
+Serves `eval/data/gpu_dsv4` once per row and once per sabotaged checkpoint and asks the 1,200 held-out questions. Writes plot and
+JSON here and the table into eval/README.md. The servers share the GPU: the model is small and nothing is timed. A server that
+does not start costs its row only. Run again with the same DIR, it asks only what is missing.
 """
 
 from __future__ import annotations
@@ -24,20 +23,21 @@ from typing import Any
 
 import click
 
+from hopper_moe.eval.accuracy_table.cpu_host import MARGIN, markdown, plot, write_table
+from hopper_moe.eval.asking import Asking
 from hopper_moe.eval.benchmark_cli import run_benchmark
 from hopper_moe.eval.benchmarks import DATA
 from hopper_moe.eval.compare_cli import compare_folders
 from hopper_moe.eval.gpu_model import exact_experts
 from hopper_moe.eval.sabotage import sabotaged_checkpoint, sabotages
 from hopper_moe.eval.serving import fingerprint
-from hopper_moe.eval.table_of_truth import MARGIN, markdown, plot, write_table
-from hopper_moe.launch.h200.compare import answers, summary
-from hopper_moe.launch.h200.server import start
+from hopper_moe.eval.serving_bench.compare import answers, summary
+from hopper_moe.eval.serving_bench.server import start
 from hopper_moe.launch.ports import free_port
 from hopper_moe.launch.server_process import ServerProcess, servers
-from hopper_moe.moe_backends.arguments import BACKEND
-from hopper_moe.moe_backends.env_table import KERNELS
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.kernel_specs import KERNELS
+from hopper_moe.moe_backends.sglang.plan import BACKEND
+from hopper_moe.quantization.errors import Refusal
 
 MODEL, QUESTIONS = DATA / "gpu_dsv4", DATA / "word_problems_hard.jsonl"
 README = DATA.parent / "README.md"
@@ -96,8 +96,8 @@ def ask(url: str, out: Path, name: str, checkpoint: str, num_examples: int | Non
 
     The first `compared` are asked once more, for the log probability of each token.
     """
-    how = {"recorded_url": "own", "checkpoint": checkpoint, "concurrency": CONCURRENCY}
-    status, _ = run_benchmark("word_problems", f"{url}/v1", out=out / name, num_examples=num_examples, data=data, **how)
+    how = Asking(data=data, num_examples=num_examples, concurrency=CONCURRENCY)
+    status, _ = run_benchmark("word_problems", f"{url}/v1", how, out=out / name, recorded_url="own", checkpoint=checkpoint)
     if status:
         return f"asking ended with status {status}"
     if compared:
@@ -123,10 +123,18 @@ def ask_all(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ..
     ):
         starts: dict[Future, Row] = {}
         for row in rows:
-            how = {"port": free_port(), "log": out / "servers" / f"{row.folder}.log", "ready_timeout": timeout}
-            how |= {"backend": row.backend, "environment": row.environment}
-            how |= {"arguments": (*SGLANG_ARGUMENTS, *row.arguments, *arguments)}
-            starts[threads.submit(start, group, str(row.model), **how)] = row
+            starting = threads.submit(
+                start,
+                group,
+                str(row.model),
+                backend=row.backend,
+                port=free_port(),
+                log=out / "servers" / f"{row.folder}.log",
+                ready_timeout=timeout,
+                arguments=(*SGLANG_ARGUMENTS, *row.arguments, *arguments),
+                environment=row.environment,
+            )
+            starts[starting] = row
         asked: dict[Future, Row] = {}
         started: dict[str, ServerProcess] = {}
         for future in as_completed(starts):
@@ -216,14 +224,16 @@ def main(
     if not (out / "reference" / "metrics.json").exists():
         sys.exit(f"no reference to compare with; went wrong: {wrong or 'nothing'}")
     found = [scored(row, out) for row in rows if (out / row.folder / "metrics.json").exists()]
-    (readme.parent / "table_of_truth_h200.json").write_text(json.dumps(found, indent=1) + "\n")
+    plots = readme.parent / "accuracy_table"
+    plots.mkdir(exist_ok=True)
+    (plots / "gpu_model_h200.json").write_text(json.dumps(found, indent=1) + "\n")
     table = markdown(found)
     click.echo(table)
     for row in found:
         if "same_text" in row:
             click.echo(f"{row['name']}: {row['same_text']} answers in the reference's very words; {row.get('tokens', '')}")
-    write_table(readme, "table of truth, H200", table)
-    plot(found, readme.parent / "table_of_truth_h200.png", "GPU model in stock SGLang, H200")
+    write_table(readme, "accuracy table, H200", table)
+    plot(found, plots / "gpu_model_h200.png", "GPU model in stock SGLang, H200")
     bad = [row["name"] for row in found if "verdict" in row and (row["verdict"] == "worse") != row["sabotage"]]
     if bad or wrong:
         raise SystemExit(f"not as it should be: {', '.join(bad) or 'nothing'}; went wrong: {wrong or 'nothing'}")

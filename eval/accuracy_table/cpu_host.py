@@ -1,7 +1,7 @@
-"""Makes the tables and plots of `eval/README.md`: every CPU kernel and every sabotage against the reference.
+"""Make the tables and plots of `eval/README.md`: every CPU kernel and every sabotage against the reference.
 
-    python -m hopper_moe.eval.table_of_truth            the tiny model: all 1,200 held-out questions, some minutes on one core
-    python -m hopper_moe.eval.table_of_truth --gpu-model    the GPU model and its harder questions, half an hour
+    python -m hopper_moe.eval.accuracy_table.cpu_host          the tiny model: 1,200 held-out questions, minutes on one core
+    python -m hopper_moe.eval.accuracy_table.cpu_host --gpu-model    the GPU model and its harder questions, half an hour
 
 Everything goes through the real path: HTTP server, `hopper-moe eval`, `hopper-moe eval compare`.
 """
@@ -20,25 +20,25 @@ from typing import Any
 
 import uvicorn
 
+from hopper_moe.eval.asking import Asking
 from hopper_moe.eval.benchmark_cli import run_benchmark
 from hopper_moe.eval.benchmarks import DATA
 from hopper_moe.eval.compare_cli import compare_folders
+from hopper_moe.eval.demo import tiny_model
 from hopper_moe.eval.sabotage import sabotages
-from hopper_moe.launch.cpu_host import create_app
-from hopper_moe.launch.cpu_host_engine import Engine
-from hopper_moe.launch.cpu_host_experts import use_kernel
-from hopper_moe.launch.cpu_host_model import load
-from hopper_moe.launch.demo import tiny_model
+from hopper_moe.launch.cpu_host.app import create_app
+from hopper_moe.launch.cpu_host.engine import Engine
+from hopper_moe.launch.cpu_host.experts import use_kernel
+from hopper_moe.launch.cpu_host.model import load
 from hopper_moe.launch.ports import free_port
+from hopper_moe.moe_backends.kernel_specs import SPECS
 
 MARGIN = 0.01
 CONCURRENCY = 128  # the host batches prompts of equal length only: more waiting, larger batches
 NAMES = {
-    "reference": "reference (W4A8)",
-    "w4a16": "w4a16 (no activation quantisation)",
+    **{spec.name: spec.label for spec in SPECS},
     "transformers": "transformers' own experts, FP32",
     "exact": "exact arithmetic (FP64, nothing rounded)",
-    "mxfp4_mega": "mxfp4_mega (fused kernel)",
     "mxfp4_mega, 2 GPUs": "mxfp4_mega, tokens and experts over 2 GPUs",
 }
 
@@ -68,15 +68,8 @@ def run_all(model: Path, out: Path, num_examples: int | None, data: Path | None 
     def score(engine: Engine, kernel: str, sabotage: bool) -> None:
         folder = out / kernel.replace(" ", "-")
         with serving(engine, kernel) as base_url:
-            status, _ = run_benchmark(
-                "word_problems",
-                base_url,
-                out=folder,
-                num_examples=num_examples,
-                recorded_url="own",
-                data=data,
-                concurrency=CONCURRENCY,
-            )
+            how = Asking(data=data, num_examples=num_examples, concurrency=CONCURRENCY)
+            status, _ = run_benchmark("word_problems", base_url, how, out=folder, recorded_url="own")
         if status:
             raise SystemExit(status)
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -145,7 +138,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def write_table(readme: Path, name: str, table: str) -> None:
     """Put `table` between the two comment lines of that name in `readme`."""
-    begin, end = f"<!-- {name}: begin (written by table_of_truth.py) -->", f"<!-- {name}: end -->"
+    begin, end = f"<!-- {name}: begin (written by eval.accuracy_table) -->", f"<!-- {name}: end -->"
     before, rest = readme.read_text().split(begin)
     readme.write_text(f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}")
 
@@ -154,20 +147,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu-model", action="store_true", help="the model that SGLang serves, on the CPU host")
     parser.add_argument("--num-examples", type=int, help="only the first N questions [default: all]")
-    parser.add_argument("--readme", type=Path, default=Path(__file__).parent / "README.md")
+    parser.add_argument("--readme", type=Path, default=Path(__file__).parents[1] / "README.md")
     parser.add_argument("--out", type=Path, help="run folders; given again, what they hold is kept [default: temporary]")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp(prefix="table-of-truth-"))
     if args.gpu_model:
-        name, title, picture = "table of truth, GPU model", "GPU model", "table_of_truth_gpu_model.png"
+        name, title, picture = "accuracy table, GPU model", "GPU model", "gpu_model_on_cpu.png"
         rows = run_all(DATA / "gpu_dsv4", out, args.num_examples, DATA / "word_problems_hard.jsonl")
     else:
-        name, title, picture = "table of truth", "tiny model", "table_of_truth.png"
+        name, title, picture = "accuracy table", "tiny model", "tiny_model.png"
         rows = run_all(tiny_model(), out, args.num_examples)
     table = markdown(rows)
     print(table)
     write_table(args.readme, name, table)
-    plot(rows, args.readme.parent / picture, title)
+    plot(rows, args.readme.parent / "accuracy_table" / picture, title)
     if any((row["verdict"] == "worse") != row["sabotage"] for row in rows if "verdict" in row):
         raise SystemExit("a kernel is worse than the reference, or a sabotage was not caught")
 

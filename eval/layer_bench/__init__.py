@@ -1,0 +1,1 @@
+"""One layer on every kernel that runs here, ours and other projects' (baselines): time and error."""
