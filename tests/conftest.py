@@ -11,15 +11,19 @@ import pytest
 def _hopper_present() -> bool:
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0)
+    from hopper_moe.kernels.device import is_sm90
+
+    return torch.cuda.is_available() and is_sm90(torch.cuda.get_device_capability(0))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**31)))  # here, because -q prints no header
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.import_plugin("many_seeds")
     parser.addoption("--replays", type=int, default=300, help="CUDA-graph replays of the fused kernel's test (the bar: 10000)")
+    parser.addoption("--cases", type=int, help="random endpoints and damaged checkpoints that a test draws (the bars: 2000)")
     parser.addoption("--scenarios", type=int, help="scenarios of every number of emulated GPUs (30 are all)")
 
 
@@ -36,10 +40,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(skip)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def seed() -> int:
-    """Seed of this run's random data; fresh in every run, printed in pytest's header."""
+    """Seed of this run's random data; fresh in every run, printed in pytest's header. `--seeds` gives each test many."""
     return int(os.environ["TEST_SEED"])
+
+
+@pytest.fixture(scope="session")
+def cases(pytestconfig: pytest.Config) -> Callable[[int], int]:
+    """How many cases a test draws that would draw `usual`: as many as `--cases` says, a quarter with each of many seeds."""
+    asked, many = pytestconfig.getoption("cases"), pytestconfig.getoption("seeds")
+    return lambda usual: asked or (max(usual // 4, 20) if many else usual)
+
+
+@pytest.fixture
+def seed_block() -> range:
+    """For a test that starts a process of its own, which should go through several seeds under `--seeds`."""
+    return range(int(os.environ["TEST_SEED"]), int(os.environ["TEST_SEED"]) + 1)
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The usual cache of Hugging Face in an empty folder, without a network."""
+    import huggingface_hub.constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return cache
 
 
 @pytest.fixture
@@ -53,3 +82,14 @@ def sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
         monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
     return put
+
+
+@pytest.fixture(scope="session")
+def prebuilt() -> Path:
+    """Every library, compiled once per machine and set of sources: what `kernels build --into` gives."""
+    from hopper_moe.kernels import jit
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hopper_moe_tests" / "kernels"
+    for library in jit.LIBRARIES.values():
+        jit.build_into(library, folder)
+    return folder

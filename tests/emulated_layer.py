@@ -22,10 +22,12 @@ import tvm_ffi
 from mega_moe_rig import FACTOR, Batch, random_batch
 from tvm_ffi import libinfo
 
-from hopper_moe.kernels import jit, mega_moe
+from hopper_moe.kernels import jit
 from hopper_moe.kernels.benchmarks.workload import ModelShape
 from hopper_moe.kernels.failure import FailureRecord
+from hopper_moe.kernels.shard import ExpertShard
 from hopper_moe.kernels.tile_table import TileTable, smallest_tiles
+from hopper_moe.kernels.workspace import LaunchShape, workspace_offsets
 from hopper_moe.quantization.packing import PackedExperts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
@@ -113,17 +115,11 @@ def compiled_on_first_use(make_folder: Callable[[str], Path], **options) -> Call
 class Rank:
     """What one rank has for itself. Named as in `MegaMoE`, so that `mega_moe_rig` can read its workspace."""
 
-    hidden_size: int
-    intermediate_size: int
-    top_k: int
-    num_experts: int
-    num_local_experts: int
-    first_expert: int
+    shard: ExpertShard
     tiles: TileTable
     integers: list[int]  # struct Shape
     offsets: dict[str, int]
     packed: PackedExperts | PackedFp8Experts
-    timeout_s: float
     failure: FailureRecord
     memory: torch.Tensor  # the workspace and a guard behind it
 
@@ -140,19 +136,15 @@ class Rank:
         """NaN everywhere but in the counters."""
         self.workspace[self.offsets["control_bytes"] :] = 0xFF
 
-    def expert_load(self) -> torch.Tensor:
-        """As `MegaMoE.expert_load`."""
-        begin = self.offsets["expert_load"]
-        return self.workspace[begin : begin + 8 * self.num_local_experts].view(torch.int64).clone()
-
     def check_guard(self) -> None:
         assert (self.memory[self.offsets["num_bytes"] :] == GUARD).all(), "written behind the workspace"
 
 
 class EmulatedLayer:
-    """A layer of `shape.num_experts` experts over `num_ranks` ranks; `experts`: all of them. Options as of `MegaMoE`.
+    """A layer of `shape.num_experts` experts over `num_ranks` ranks; `experts`: all of them.
 
-    `timeouts_s`: how long each rank waits for others, a nanosecond being a step of the emulator.
+    `timeouts_s`: how long each rank waits for others, a nanosecond being a step of the emulator. `of_shard`: fp8_combine,
+    fp4_dispatch.
     """
 
     def __init__(
@@ -165,35 +157,29 @@ class EmulatedLayer:
         *,
         tiles: TileTable | None = None,
         wave_rows: int | None = None,
-        fp8_combine: bool = False,
-        fp4_dispatch: bool = False,
         timeouts_s: Sequence[float] | None = None,
+        **of_shard: bool,
     ) -> None:
         self.gpus, self.shape, self.num_ranks = gpus, shape, num_ranks
         self.num_sms = max(NUM_SMS, num_ranks)  # a CTA speaks to each rank
-        timeouts_s = timeouts_s or [NO_TIMEOUT_S] * num_ranks
-        num_local = shape.num_experts // num_ranks
-        rows = mega_moe._wave_rows(num_ranks, capacity, shape.top_k, num_local) if wave_rows is None else wave_rows
-        sizes = (shape.hidden_size, shape.intermediate_size, shape.top_k, shape.num_experts, num_local)
-        integers = [
-            mega_moe._Shape(*sizes, rank * num_local, num_ranks, rank, capacity, rows, fp8_combine, fp4_dispatch).integers()
-            for rank in range(num_ranks)
+        shards = [
+            ExpertShard.of(shape, capacity, rank=rank, num_ranks=num_ranks, timeout_s=timeout_s, **of_shard)
+            for rank, timeout_s in enumerate(timeouts_s or [NO_TIMEOUT_S] * num_ranks)
         ]
-        offsets = dict(zip(mega_moe._WORKSPACE_FIELDS, map(int, gpus.functions["workspace_layout"](integers[0])), strict=True))
+        shapes = [LaunchShape.of(shard, num_ranks, wave_rows) for shard in shards]
+        offsets = workspace_offsets(shapes[0], gpus.functions)
         self.memory = torch.empty(num_ranks, offsets["num_bytes"] + GUARD_BYTES, dtype=torch.uint8)
         self.ranks = [
             Rank(
-                *sizes,
-                rank * num_local,
+                shard,
                 tiles or smallest_tiles(),
-                integers[rank],
+                shapes[rank].integers(),
                 offsets,
                 type(experts)(*(tensor.chunk(num_ranks)[rank].contiguous() for tensor in experts.tensors)),
-                timeouts_s[rank],
-                FailureRecord(rank, timeouts_s[rank], watch=False),
+                FailureRecord(rank, shard.timeout_s, watch=False),
                 self.memory[rank],
             )
-            for rank in range(num_ranks)
+            for rank, shard in enumerate(shards)
         ]
 
     def enqueue(self, rank: int, batch: Batch, *, layer: int = -1) -> torch.Tensor:
@@ -209,7 +195,7 @@ class EmulatedLayer:
         self.gpus.functions["mega_moe"](
             mine.integers, [other.memory.data_ptr() for other in self.ranks], mine.tiles.as_list(),
             *(tensor.data_ptr() for tensor in mine.packed.tensors), y.data_ptr(), float("inf") if limit is None else limit,
-            num_tokens, layer, int(mine.timeout_s * 1e9), mine.failure.address, self.num_sms, rank,
+            num_tokens, layer, int(mine.shard.timeout_s * 1e9), mine.failure.address, self.num_sms, rank,
         )  # fmt: skip
         return y
 
@@ -235,6 +221,12 @@ class EmulatedLayer:
 def draw_batch(shape: ModelShape, num_tokens: int, routing: str, generator: torch.Generator, num_ranks: int = 1) -> Batch:
     """`random_batch` on the CPU."""
     return random_batch(shape, shape.num_experts, num_tokens, routing, generator, num_ranks, device="cpu")
+
+
+def copies_of(experts: PackedExperts, num_experts: int) -> PackedExperts:
+    """`num_experts` physical experts, as under EPLB: id e is a copy of the logical expert e % experts.num_experts."""
+    logical = torch.arange(num_experts) % experts.num_experts
+    return type(experts)(*(tensor[logical] for tensor in experts.tensors))
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from mega_moe_rig import FACTOR, PAIRS, RANDOM_EXPERTS, Batch, random_batch
 from hopper_moe.kernels.benchmarks.workload import ModelShape, make_layer
 from hopper_moe.kernels.failure import PeerTimeout
 from hopper_moe.kernels.mega_moe import MegaMoE
-from hopper_moe.quantization.packing import PackedExperts
+from hopper_moe.quantization.packing import PackedExperts, WidePackedExperts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 SHAPE = ModelShape(1024, 512, 48, 6, 12)
@@ -28,6 +29,7 @@ OPTIONS = {
     "fp4_dispatch": {"fp4_dispatch": True},
     "waves": {"wave_rows": 256},
     "fp8_weights": {"weights": PackedFp8Experts},
+    "wide_weights": {"weights": WidePackedExperts},
     "pairs": {"tiles": PAIRS},
 }
 
@@ -100,19 +102,36 @@ SCENARIOS += [("ragged", "one_expert"), ("full", "one_expert")]
 
 
 def same_bits(group: dist.ProcessGroup, seed: int, options: dict) -> dict[str, bool]:
-    """ "case routing" -> whether the bits of this rank's rows are those of one rank alone; also the experts' load."""
+    """ "case routing" -> whether the bits of this rank's rows are those of one rank alone."""
     layer = SpreadLayer(group, SHAPE, CAPACITY, seed, **options)
     found = {}
-    load = torch.zeros(SHAPE.num_experts, dtype=torch.int64, device="cuda")
     for case, routing in SCENARIOS:
         batch = layer.batch(layer.tokens_of(case), routing)
         layer.poison()
         found[f"{case} {routing}"] = not bool(layer.differs(batch))
-        load += torch.bincount(batch.topk_ids[batch.topk_ids >= 0].long(), minlength=SHAPE.num_experts)
-    dist.all_reduce(load)
-    mine = load.chunk(layer.num_ranks)[layer.rank]
-    found["load of the experts"] = torch.equal(layer.spread.expert_load(), mine)
     layer.spread.destroy()
+    return found
+
+
+def same_bits_of_copies(group: dist.ProcessGroup, seed: int, num_experts: int, num_logical: int) -> list[bool]:
+    """By number of tokens, whether this rank's bits are those of one rank that holds every expert once. Expert e of the group is
+    a copy of the logical expert e % num_logical, as redundant experts are."""
+    few, most = ModelShape(256, 128, num_logical, 3, num_logical), 64
+    many = replace(few, num_experts=num_experts)
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    whole = RANDOM_EXPERTS[PackedExperts](few, num_logical, torch.Generator("cuda").manual_seed(seed))
+    mine = torch.arange(num_experts, device="cuda").chunk(num_ranks)[rank]
+    local = PackedExperts(*(tensor[mine % num_logical] for tensor in whole.tensors))
+    spread, alone = make_layer(many, num_experts, most, group=group, timeout_s=20), make_layer(few, num_logical, most)
+    generator, found = torch.Generator("cuda").manual_seed(seed + 1 + rank), []
+    for num_tokens in (1, 7, most):
+        batch = random_batch(many, num_experts, num_tokens, "uniform", generator, num_ranks)
+        batch.topk_ids[0, 0] = num_experts - 1
+        ids = torch.where(batch.topk_ids >= 0, batch.topk_ids % num_logical, -1).int()
+        options = {"swiglu_limit": few.swiglu_limit, "routed_scaling_factor": FACTOR}
+        got = spread(batch.x, batch.topk_ids, batch.topk_weights, local, **options)
+        found.append(torch.equal(got, alone(batch.x, ids, batch.topk_weights, whole, **options)))
+    spread.destroy()
     return found
 
 

@@ -14,17 +14,22 @@ from hopper_moe.kernels.benchmarks.workload import (
     random_fp8_experts,
     random_routing,
     random_tokens,
+    random_wide_experts,
 )
 from hopper_moe.kernels.mega_moe import MegaMoE
 from hopper_moe.kernels.reference_stages import DispatchedTokens, HiddenStage
 from hopper_moe.kernels.tile_table import MAX_TILE, TileTable, forced_tile
 from hopper_moe.quantization import layout
-from hopper_moe.quantization.packing import PackedExperts
+from hopper_moe.quantization.packing import PackedExperts, WidePackedExperts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 FACTOR = 1.5  # routed_scaling_factor of every call
 PAIRS = replace(forced_tile(MAX_TILE), pair_from=0)  # every two blocks of an expert are one L1 task
-RANDOM_EXPERTS = {PackedExperts: random_experts, PackedFp8Experts: random_fp8_experts}
+RANDOM_EXPERTS = {
+    PackedExperts: random_experts,
+    WidePackedExperts: random_wide_experts,
+    PackedFp8Experts: random_fp8_experts,
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Rig:
 
     def batch(self, num_tokens: int, routing: str = "uniform") -> Batch:
         """See `random_batch`."""
-        return random_batch(self.shape, self.mm.num_experts, num_tokens, routing, self.generator)
+        return random_batch(self.shape, self.mm.shard.num_experts, num_tokens, routing, self.generator)
 
     def run(self, batch: Batch, poison: bool = True, **options) -> torch.Tensor:
         """The kernel, into memory full of NaN: what it does not write, or reads without having written, shows."""
@@ -86,10 +91,14 @@ class Rig:
 
     def reference(self, batch: Batch, compute=reference.moe_layer, **options) -> torch.Tensor:
         options = {"swiglu_limit": self.shape.swiglu_limit, "routed_scaling_factor": FACTOR, **options}
-        return compute(batch.x, batch.topk_ids, batch.topk_weights, self.packed, first_expert=self.mm.first_expert, **options)
+        return compute(
+            batch.x, batch.topk_ids, batch.topk_weights, self.packed, first_expert=self.mm.shard.first_expert, **options
+        )
 
     def with_tiles(self, tiles: TileTable, capacity: int) -> Rig:
-        return replace(self, mm=make_layer(self.shape, self.mm.num_experts, capacity, tiles=tiles, weights=type(self.packed)))
+        return replace(
+            self, mm=make_layer(self.shape, self.mm.shard.num_experts, capacity, tiles=tiles, weights=type(self.packed))
+        )
 
 
 def make_rig(seed: int, shape: ModelShape, num_experts: int, capacity: int, **options) -> Rig:
@@ -115,17 +124,17 @@ def natural_order(rows: torch.Tensor) -> torch.Tensor:
 def read_dispatched(mm: MegaMoE, num_tokens: int) -> DispatchedTokens:
     """What pre-dispatch wrote in the last call."""
     return DispatchedTokens(
-        natural_order(read_field(mm, "x", torch.uint8, num_tokens, mm.hidden_size)).view(torch.float8_e4m3fn),
+        natural_order(read_field(mm, "x", torch.uint8, num_tokens, mm.shard.hidden_size)).view(torch.float8_e4m3fn),
         read_field(mm, "x_scale", torch.float32, num_tokens, 1),
-        read_field(mm, "topk_ids", torch.int32, num_tokens, mm.top_k),
-        read_field(mm, "topk_weights", torch.float32, num_tokens, mm.top_k),
+        read_field(mm, "topk_ids", torch.int32, num_tokens, mm.shard.top_k),
+        read_field(mm, "topk_weights", torch.float32, num_tokens, mm.shard.top_k),
         num_tokens,
     )
 
 
 def read_slots(mm: MegaMoE, topk_ids: torch.Tensor) -> torch.Tensor:
     """c of the last call: bf16 [M, K, H], zeros for skipped slots (the kernel does not write those)."""
-    c = read_field(mm, "combine", torch.bfloat16, *topk_ids.shape, mm.hidden_size)
+    c = read_field(mm, "combine", torch.bfloat16, *topk_ids.shape, mm.shard.hidden_size)
     return c.masked_fill((topk_ids < 0)[..., None], 0.0)
 
 
@@ -134,10 +143,10 @@ def read_hidden(mm: MegaMoE, topk_ids: torch.Tensor) -> HiddenStage:
 
     Ids as the call had them. Fails unless the pools hold every local slot exactly once.
     """
-    num_tokens, size, num_groups = topk_ids.shape[0], mm.intermediate_size, layout.h_groups(mm.intermediate_size)
-    local = topk_ids.flatten().long() - mm.first_expert
-    is_local = (local >= 0) & (local < mm.num_local_experts)
-    counts = torch.bincount(local[is_local], minlength=mm.num_local_experts).tolist()
+    num_tokens, size, num_groups = topk_ids.shape[0], mm.shard.intermediate_size, layout.h_groups(mm.shard.intermediate_size)
+    local = topk_ids.flatten().long() - mm.shard.first_expert
+    is_local = (local >= 0) & (local < mm.shard.num_local_experts)
+    counts = torch.bincount(local[is_local], minlength=mm.shard.num_local_experts).tolist()
     device = topk_ids.device
     hq = torch.zeros(topk_ids.numel(), num_groups, 8, 16, dtype=torch.uint8, device=device)
     h_scale = torch.zeros(topk_ids.numel(), num_groups, dtype=torch.float32, device=device)
@@ -157,12 +166,14 @@ def read_hidden(mm: MegaMoE, topk_ids: torch.Tensor) -> HiddenStage:
             row, count = row + tile, count - num_rows
     found = torch.cat(seen).sort().values if seen else torch.empty(0, dtype=torch.long, device=device)
     assert torch.equal(found, is_local.nonzero().flatten()), "the pools do not hold every local slot exactly once"
-    hq = natural_order(hq.view(num_tokens, mm.top_k, size)).view(torch.float8_e4m3fn)
-    return HiddenStage(hq, h_scale.view(num_tokens, mm.top_k, num_groups))
+    hq = natural_order(hq.view(num_tokens, mm.shard.top_k, size)).view(torch.float8_e4m3fn)
+    return HiddenStage(hq, h_scale.view(num_tokens, mm.shard.top_k, num_groups))
 
 
 def _read_rows(mm: MegaMoE, field: str, dtype: torch.dtype, row: int, count: int) -> torch.Tensor:
     """`count` elements of the block that starts at pool row `row`."""
-    per_row = {"pool_slot": 1, "pool_h": mm.intermediate_size, "pool_h_scale": layout.h_groups(mm.intermediate_size)}[field]
+    per_row = {"pool_slot": 1, "pool_h": mm.shard.intermediate_size, "pool_h_scale": layout.h_groups(mm.shard.intermediate_size)}[
+        field
+    ]
     begin = mm.offsets[field] + row * per_row * dtype.itemsize
     return mm.workspace[begin : begin + count * dtype.itemsize].view(dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from hopper_moe.quantization.checkpoint import write_checkpoint
 from hopper_moe.quantization.checkpoint_names import QUANTIZATION_CONFIG
 
 CONFIG = {
@@ -63,3 +64,17 @@ def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def cached(cache: Path, revision: str, commit: str, **sizes: int) -> Path:
+    """The snapshot of org/name at a revision, as Hugging Face's library stores it: files are links to blobs."""
+    repository = cache / "models--org--name"
+    snapshot = write_checkpoint(repository / "snapshots" / (commit * 40), make_state(1, **sizes), {**CONFIG, **sizes})
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / revision).write_text(commit * 40)
+    (repository / "blobs").mkdir(exist_ok=True)
+    for file in list(snapshot.iterdir()):
+        blob = repository / "blobs" / f"{commit}{file.name}"
+        file.rename(blob)
+        file.symlink_to(Path("..", "..", "blobs", blob.name))
+    return snapshot

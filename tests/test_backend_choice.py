@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -9,19 +11,26 @@ from layer_compare import relative_l2
 from layer_data import make_layer
 from test_benchmark_report import made_up_row
 
-from hopper_moe.kernels import reference
-from hopper_moe.kernels.benchmarks import backends, contenders, report
-from hopper_moe.kernels.benchmarks.accuracy import expanded
-from hopper_moe.kernels.benchmarks.cli import main as bench
-from hopper_moe.kernels.peers import PEERS, create_peer
+from hopper_moe.eval.layer_bench import backends, contenders
+from hopper_moe.eval.layer_bench.accuracy import expanded
+from hopper_moe.eval.layer_bench.baselines import BASELINES, create_baseline
+from hopper_moe.eval.layer_bench.cli import main as bench
+from hopper_moe.kernels import measured, reference
+from hopper_moe.kernels.benchmarks import report
+from hopper_moe.kernels.benchmarks.workload import SHAPES
+from hopper_moe.kernels.device import Device
 from hopper_moe.kernels.reference_weights import Mxfp4Experts
+from hopper_moe.kernels.shard import ExpertShard
 from hopper_moe.moe_backends import auto_table
-from hopper_moe.moe_backends.auto_table import MeasuredLayer, fastest
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.auto_table import fastest
 from hopper_moe.quantization.codecs import dequantize_mxfp4
+from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.fp8_blocks import expand_mxfp4
 
-FLASH = MeasuredLayer("H200", 4096, 2048, 32, 6, 1)
+FLASH = ExpertShard.of(SHAPES["flash"], 8192, num_experts=32)
+BETWEEN = replace(FLASH, hidden_size=6144, intermediate_size=3072, num_experts=48, num_local_experts=48)
+H200 = measured.gpus()["H200"]
+H20 = Device("NVIDIA H20", 78, 4023, 1980)
 
 
 def rows_of(kernel: str, us: dict[int, float], shape: str = "flash") -> list[report.Measurement]:
@@ -33,6 +42,7 @@ def rows_of(kernel: str, us: dict[int, float], shape: str = "flash") -> list[rep
 def path(tmp_path):
     """A table in which mxfp4_mega wins decode of Flash and w4a16 that of Pro; above 128 tokens it is the other way round."""
     path = tmp_path / "table.json"
+    measured.label_to_write(H200, "H200", path)
     auto_table.update(rows_of("mxfp4_mega", {1: 50, 8: 100, 128: 200, 512: 900}) + rows_of("marlin", {1: 10}), path)
     auto_table.update(rows_of("w4a16", {1: 60, 8: 90, 128: 300, 512: 300}), path)  # replaces: one run decides
     assert {name for entry in auto_table.load(path) for name in entry.us} == {"w4a16"}
@@ -47,23 +57,24 @@ def path(tmp_path):
 
 
 def test_the_mean_over_decode_sizes_decides(path):
-    kernel, reason = fastest(("mxfp4_mega", "w4a16"), FLASH, path=path)
+    kernel, reason = fastest(("mxfp4_mega", "w4a16"), H200, FLASH, path=path)
     assert kernel == "mxfp4_mega" and "2 of 3 batch sizes of 1 to 128 tokens" in reason and "for this layer" in reason
     assert "1.17x before w4a16" in reason
-    kernel, reason = fastest(("mxfp4_mega", "w4a16"), FLASH, auto_table.PREFILL, path)
+    kernel, reason = fastest(("mxfp4_mega", "w4a16"), H200, FLASH, auto_table.PREFILL, path)
     assert kernel == "w4a16" and "1 of 1 batch sizes of 512 to 512 tokens" in reason
 
 
 def test_an_unknown_layer_takes_the_nearest_and_says_so(path):
-    kernel, reason = fastest(("mxfp4_mega", "w4a16"), MeasuredLayer("H200", 6144, 3072, 48, 6, 1), path=path)
+    kernel, reason = fastest(("mxfp4_mega", "w4a16"), H200, BETWEEN, path=path)
     assert kernel == "w4a16" and "the nearest layer measured (7168 x 3072, 48 experts, top 6 on H200)" in reason
-    kernel, reason = fastest(("mxfp4_mega", "w4a16"), MeasuredLayer("H20", 4096, 2048, 32, 6, 1), path=path)
-    assert kernel == "mxfp4_mega" and "nearest layer measured (4096 x 2048" in reason
+    kernel, reason = fastest(("mxfp4_mega", "w4a16"), H20, FLASH, path=path)
+    assert kernel == "mxfp4_mega" and "for this layer (4096 x 2048, 32 experts, top 6 on H200)" in reason
+    assert "NVIDIA H20 (78 SMs, 4023 GB/s, 1980 MHz) was not measured; NVIDIA H200" in reason
 
 
 def test_no_entry_for_all_of_them_is_no_verdict(path, tmp_path):
-    assert fastest(("mxfp4_mega", "fp8_mega"), FLASH, path=path) is None
-    assert fastest(("mxfp4_mega", "w4a16"), FLASH, path=tmp_path / "none.json") is None
+    assert fastest(("mxfp4_mega", "fp8_mega"), H200, FLASH, path=path) is None
+    assert fastest(("mxfp4_mega", "w4a16"), H200, FLASH, path=tmp_path / "none.json") is None
 
 
 def test_the_kept_table_can_be_read_and_knows_only_our_kernels():
@@ -83,13 +94,13 @@ def test_who_wins_where():
     assert "50.0*" in lines[1] and "120.0*" in lines[2] and "100.0 " in lines[1]
 
 
-def test_peers_say_what_is_missing(monkeypatch):
-    with pytest.raises(Refusal, match="'cutlass' is not a peer kernel: use one of marlin"):
-        create_peer("cutlass")
+def test_baselines_say_what_is_missing(monkeypatch):
+    with pytest.raises(Refusal, match="'cutlass' is not a baseline: use one of marlin"):
+        create_baseline("cutlass")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in PEERS:
+    for name in BASELINES:
         with pytest.raises(Refusal, match=f"{name}: .* is not installed; leave it out or install it"):
-            create_peer(name)
+            create_baseline(name)
 
 
 def test_fp4_experts_become_fp8_without_loss(seed):
@@ -106,7 +117,8 @@ def test_fp4_experts_become_fp8_without_loss(seed):
 
 
 def test_blocks_that_fp8_cannot_hold_are_refused():
-    weight = torch.full((128, 64), 0x11, dtype=torch.uint8)  # 0.5 everywhere
+    weight = torch.full((128, 64), 0x11, dtype=torch.uint8)  # 0.5 everywhere ...
+    weight[7, 9] = 0x17  # ... but for a 6
     scale = torch.full((128, 4), 127, dtype=torch.uint8)
     scale[5, 1] = 127 - 14
     expand_mxfp4(weight, scale)

@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 from small_checkpoint import CONFIG, edit_config, edit_tensors, make_state
 
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.checkpoint import write_checkpoint
 from hopper_moe.quantization.checkpoint_check import validate_checkpoint
 from hopper_moe.quantization.checkpoint_files import INDEX, TensorInfo
+from hopper_moe.quantization.errors import Refusal
 
 W1 = "layers.1.ffn.experts.2.w1"
 W2 = "layers.0.ffn.experts.3.w2"
@@ -110,23 +110,32 @@ BAD = {
     "header contradicts itself": (rewrite_header(contradict), "the header entry of .* contradicts itself"),
     "index without map": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
     "index points elsewhere": (index_points_elsewhere, f"says that {W1}.weight is in model-00001"),
+    "name with a line break": (rewrite_header(lambda h: h.replace("layers.0.attn", "layers.0.\\nattn")), "cannot be printed"),
+    "half a surrogate pair": (rewrite_header(lambda h: h.replace("layers.0.attn", "\\ud83d")), r"printed \('\\ud83d"),
+    "architecture with a line break": (config(architectures=["a\nb"]), "has no architectures, a list that names"),
+    "expert_dtype with a line break": (config(expert_dtype="fp\n4"), r"expert_dtype='fp\\n4', but a text"),
+    "dtype that torch has not": (config(torch_dtype="bfloat1m"), "has torch_dtype='bfloat1m', but only bfloat16"),
+    "float where a whole number belongs": (config(num_attention_heads=6.4), "num_attention_heads=6.4, which stops SGLang's"),
     "tensor in two files": (second_copy_in_another_file, rf"{W1}.scale is stored twice, in \S+ and \S+"),
     # config.json
-    "no hidden_size": (config(hidden_size=...), "hidden_size is None"),
-    "hidden_size is text": (config(hidden_size="128"), "hidden_size is '128'"),
+    "no hidden_size": (config(hidden_size=...), "has hidden_size=None, but a whole number"),
+    "hidden_size is text": (config(hidden_size="128"), "has hidden_size='128', but a whole number"),
     "odd hidden_size": (config(hidden_size=100), "hidden_size 100 is not a multiple of 32"),
-    "no experts": (config(n_routed_experts=0), "n_routed_experts is 0"),
+    "no experts": (config(n_routed_experts=0), "has no n_routed_experts"),
     "top_k above experts": (config(num_experts_per_tok=5), "num_experts_per_tok 5 is above n_routed_experts 4"),
-    "experts are not FP4": (config(expert_dtype="fp8"), "expert_dtype is 'fp8', not 'fp4'"),
-    "negative swiglu_limit": (config(swiglu_limit=-1.0), "swiglu_limit is -1.0, a positive number is needed"),
-    "zero routed_scaling_factor": (config(routed_scaling_factor=0), "routed_scaling_factor is 0, a positive number"),
+    "experts are not FP4": (config(expert_dtype="fp8"), "says expert_dtype=fp8, but the expert weights are fp4"),
+    "negative swiglu_limit": (config(swiglu_limit=-1.0), "has swiglu_limit=-1.0, but only a positive number"),
+    "zero routed_scaling_factor": (config(routed_scaling_factor=0), "has routed_scaling_factor=0, but only a positive number"),
     "vocab_size disagrees": (
         config(vocab_size=17),
         r"(embed|head).weight has shape \[16, 128\], but config.json needs \[17, 128\]",
     ),
-    "fewer layers in config": (config(num_hidden_layers=1), "belongs to layer 1, but config.json has num_hidden_layers 1"),
+    "fewer layers in config": (
+        config(num_hidden_layers=1),
+        "belongs to layer 1, but config.json has num_hidden_layers 1",
+    ),
     "more layers in config": (config(num_hidden_layers=3), r"layers.2 has no tensors for expert 0 of 0\.\.3"),
-    "fewer experts in config": (config(n_routed_experts=3), "belongs to expert 3, but config.json has n_routed_experts 3"),
+    "fewer experts in config": (config(n_routed_experts=3), "belongs to expert 3, but by config.json there are 3"),
     "more experts in config": (config(n_routed_experts=5), r"layers.0 has no tensors for expert 4 of 0\.\.4"),
     "other intermediate size in config": (config(moe_intermediate_size=32), "moe_intermediate_size 32 need"),
     # experts
@@ -138,13 +147,16 @@ BAD = {
     "scale missing": (tensors(lambda t: t.pop(f"{W1}.scale")), f"{W1}.scale is missing, expert 2 has 5 of its 6 tensors"),
     "same expert under two names": (
         tensors(lambda t: t.update({f"model.{W1}.weight": t[f"{W1}.weight"].clone()})),
-        f"{W1}.weight (and|of) .*{W1}.weight are the same expert tensor stored twice",
+        f"{W1}.weight and .*{W1}.weight are the same tensor stored twice",
     ),
     "unknown expert": (tensors(rename(f"{W1}.weight", W1.replace("experts.2", "experts.9") + ".weight")), "belongs to expert 9"),
-    "unknown projection": (tensors(rename(f"{W1}.weight", W1.replace("w1", "w4") + ".weight")), "w4.weight is no expert tensor"),
+    "unknown projection": (
+        tensors(rename(f"{W1}.weight", W1.replace("w1", "w4") + ".weight")),
+        "w4.weight is no tensor",
+    ),
     "weight is BF16": (
         tensors(lambda t: t.update({f"{W1}.weight": torch.zeros(64, 128, dtype=torch.bfloat16)})),
-        f"{W1}.weight of expert 2 is stored as BF16, not as I8 or U8",
+        f"{W1}.weight of expert 2 is stored as BF16, not as I8 or U8 or F4",
     ),
     "scale is FP16": (
         tensors(lambda t: t.update({f"{W1}.scale": torch.ones(64, 4, dtype=torch.float16)})),
@@ -175,6 +187,25 @@ BAD = {
     "FP8 scale grid": (
         tensors(lambda t: t.update({"layers.0.attn.wq_a.scale": torch.zeros(1, 1, dtype=torch.uint8)})),
         r"wq_a.scale is U8 \[1, 1\], but layers.0.attn.wq_a.weight \[200, 128\] needs \[2, 1\]",
+    ),
+    "norm of another size": (
+        tensors(lambda t: t.update({"layers.0.attn_norm.weight": torch.ones(128, 1)})),
+        r"layers.0.attn_norm.weight has shape \[128, 1\], but config.json's hidden_size needs \[128\]",
+    ),
+    "norm stored as integers": (
+        tensors(lambda t: t.update({"layers.0.attn_norm.weight": torch.ones(128, dtype=torch.uint8)})),
+        "layers.0.attn_norm.weight is stored as U8",
+    ),
+    "a layer's linear of another size": (
+        tensors(
+            lambda t: t.update(
+                {
+                    "layers.1.attn.wq_a.weight": t["layers.1.attn.wq_a.weight"][:100],
+                    "layers.1.attn.wq_a.scale": t["layers.1.attn.wq_a.scale"][:1],
+                }
+            )
+        ),
+        r"layers.1.attn.wq_a.weight has shape \[100, 128\], but layers.0.attn.wq_a.weight has \[200, 128\]",
     ),
 }
 

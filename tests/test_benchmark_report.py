@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from hopper_moe.kernels import tile_table
+from hopper_moe.kernels import measured, tile_table
 from hopper_moe.kernels.benchmarks import measure, mega_moe, report, tune_tiles
 from hopper_moe.kernels.benchmarks.options import take_lists
 from hopper_moe.kernels.benchmarks.workload import SHAPES
 from hopper_moe.kernels.tile_table import TILES, TileTable, smallest_tiles
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.codecs import quantize_mxfp4
+from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.packing import pack_experts
 
 KEYS = (
@@ -186,19 +187,14 @@ def test_tuner_chooses_the_smallest_of_the_fastest():
     assert tune_tiles.build_table(64, {rows: {64: 1.0} for rows in range(8, 65, 8)}).tail_tile[1:9] == (64,) * 8
 
 
-@pytest.mark.parametrize("sku", ["H200", "H20", "B200"])
-def test_tuner_rewrites_one_line_of_the_table(sku, tmp_path, monkeypatch):
-    source = Path(tile_table.__file__).read_text()
-    wanted = TileTable(64, (64,) * 17)
-    written = tune_tiles.rewrite(source, sku, tune_tiles.table_line(sku, wanted, "flash, abc1234"))
-    (tmp_path / "rewritten_table.py").write_text(written)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "rewritten_table", raising=False)
-    tables = importlib.import_module("rewritten_table").TABLES
-    assert tables.keys() == {*tile_table.TABLES, sku}
-    assert tables[sku].as_list() == wanted.as_list() and max(map(len, written.splitlines())) <= 130
-    for other in tile_table.TABLES.keys() - {sku}:
-        assert tables[other].as_list() == tile_table.TABLES[other].as_list()
-    assert tune_tiles.rewrite(written, sku, tune_tiles.table_line(sku, wanted, "flash, abc1234")) == written
-    with pytest.raises(Refusal, match="by hand"):
-        tune_tiles.rewrite(source.replace(tune_tiles.END, ""), sku, "")
+@pytest.mark.parametrize("sku", ["H200", "H20", "GH200"])
+def test_a_measured_table_replaces_one_record(sku, tmp_path):
+    path = shutil.copy(measured.PATH, tmp_path / "measured.json")
+    before, wanted = tile_table.tables(path), TileTable(64, (64,) * 17, 3)
+    tile_table.keep(sku, wanted, "flash, abc1234", path)
+    assert tile_table.tables(path) == {**before, sku: wanted}
+    written = path.read_text()
+    tile_table.keep(sku, wanted, "flash, abc1234", path)
+    assert path.read_text() == written
+    for section in ("gpus", "layers"):
+        assert measured.read(path)[section] == measured.read()[section]

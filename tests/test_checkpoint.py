@@ -8,13 +8,15 @@ import torch
 from click.testing import CliRunner
 from small_checkpoint import CONFIG, edit_tensors, make_state
 
+from hopper_moe.eval.tiny_model.config import build_model
+from hopper_moe.launch.checkpoint_inspect import KIND_MEANINGS, inspect_checkpoint
 from hopper_moe.launch.cli import main
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import codecs
 from hopper_moe.quantization.checkpoint import Checkpoint, write_checkpoint
-from hopper_moe.quantization.checkpoint_inspect import inspect_checkpoint
 from hopper_moe.quantization.checkpoint_names import original_config, to_original_names
+from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.packing import pack_experts, unpack_experts
+from hopper_moe.quantization.row_scales import RowKind
 
 
 def test_what_is_written_is_what_was_quantised(tmp_path, seed):
@@ -92,36 +94,15 @@ def test_the_writer_checks_what_it_wrote(tmp_path):
 
 
 def test_transformers_reads_every_tensor_and_the_values_we_decode(tmp_path, seed):
-    from transformers import AutoModelForCausalLM, DeepseekV4Config, DeepseekV4ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(seed)
-    config = DeepseekV4Config(
-        vocab_size=64,
-        hidden_size=128,
-        moe_intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        head_dim=64,
-        q_lora_rank=64,
-        qk_rope_head_dim=32,
-        num_experts_per_tok=2,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        routed_scaling_factor=1.5,
-        max_position_embeddings=1024,
-        rope_theta=10000.0,
-        compress_rope_theta=160000.0,
-        compress_ratios=[0, 4, 128],
-        num_hash_layers=1,
-        o_groups=2,
-        o_lora_rank=64,
-        index_n_heads=2,
-        index_head_dim=64,
-        rope_scaling={"type": "yarn", "factor": 4, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 256},
-    )
-    model = DeepseekV4ForCausalLM(config)
+    yarn = {"type": "yarn", "factor": 4, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 256}
+    sizes = {"vocab_size": 64, "moe_intermediate_size": 64, "n_routed_experts": 4, "q_lora_rank": 64, "o_lora_rank": 64}
+    heads = {"num_attention_heads": 2, "head_dim": 64, "qk_rope_head_dim": 32, "index_n_heads": 2, "index_head_dim": 64}
+    model = build_model(seed, **sizes, **heads, routed_scaling_factor=1.5, max_position_embeddings=1024, rope_scaling=yarn)
+    config = model.config
     state = to_original_names(model.state_dict())
-    folder = write_checkpoint(tmp_path / "ck", state, original_config(model.config))
+    folder = write_checkpoint(tmp_path / "ck", state, original_config(config))
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     differences = [
@@ -147,9 +128,10 @@ def test_inspect_prints_what_is_there(tmp_path, seed):
     folder = write_checkpoint(tmp_path / "ck", make_state(seed), CONFIG)
     found = inspect_checkpoint(folder)
     assert found.scales.num_rows == 2 * 4 * (64 + 64 + 128) and found.scales.num_inexact_rows == 0
-    assert found.rank_gib(3) is None and found.rank_gib(4) < found.rank_gib(2) < found.rank_gib(1)
+    assert found.rank_bytes(3) is None
+    assert found.rank_bytes(4).device < found.rank_bytes(2).device < found.rank_bytes(1).device
     files = sum(info.num_bytes for info in Checkpoint.open(folder).tensors.values())
-    assert found.num_bytes == files and found.rank_gib(1) * 2**30 == pytest.approx(files)
+    assert found.num_bytes == files
     done = CliRunner().invoke(main, ["checkpoint", "inspect", str(folder)])
     assert done.exit_code == 0, done.output
     for part in (
@@ -163,18 +145,32 @@ def test_inspect_prints_what_is_there(tmp_path, seed):
     assert "cannot serve it: intermediate_size 64 is not a positive multiple of 128" in done.output
 
 
-def test_inspect_counts_rows_that_cannot_be_packed(tmp_path, seed):
+def test_inspect_counts_rows_by_what_they_need(tmp_path, seed):
     folder = write_checkpoint(tmp_path / "ck", make_state(seed), CONFIG)
+    assert len(KIND_MEANINGS) == len(RowKind)
 
     def widen(t: dict) -> None:
-        t["layers.0.ffn.experts.1.w1.scale"].view(torch.uint8)[3] = torch.tensor([100, 112, 100, 130], dtype=torch.uint8)
-        t["layers.0.ffn.experts.1.w1.scale"].view(torch.uint8)[4] = 250
+        scale = t["layers.0.ffn.experts.1.w1.scale"].view(torch.uint8)
+        weight = t["layers.0.ffn.experts.1.w1.weight"].view(torch.uint8)
+        scale[3:8] = 100
+        weight[3:8] = 0x71  # .5 and 6: no other scale will do
+        scale[3, 1] = 140
+        scale[4] = 250
+        scale[5, 1] = 140
+        weight[5, 16:32] = 0x80
+        scale[6, 1] = 113
+        weight[6, 16:32] = 0x22  # 1, which is a 4 at 111
+        scale[7, 1] = 128
 
     edit_tensors(folder, widen)
     found = inspect_checkpoint(folder)
-    assert (found.scales.num_inexact_rows, found.scales.worst_span, found.scales.largest) == (2, 30, 250)
+    assert found.scales.rows_by_kind == (2044, 1, 1, 1, 1)
+    assert (found.scales.num_inexact_rows, found.scales.worst_span, found.scales.largest) == (1, 40, 250)
+    assert (found.scales.num_wide_layers, found.scales.num_inexact_layers) == (1, 1)
     output = CliRunner().invoke(main, ["checkpoint", "inspect", str(folder)]).output
-    assert "2046 of 2048 rows fit" in output and "HOPPER_MOE_INEXACT_ROWS" in output
+    for part in ("2047 of 2048 rows fit", "1 without their all-zero groups", "1 re-encoded", "1 in the wide format"):
+        assert part in output, part
+    assert "1 rows in 1 of 2 layers span more than 28 octaves: HOPPER_MOE_INEXACT_ROWS" in output
     assert inspect_checkpoint(folder, read_scales=False).scales is None
 
 

@@ -7,8 +7,8 @@ import torch
 from layer_data import make_layer
 
 from hopper_moe.kernels.reference import fp4_as_e4m3, pre_dispatch
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import codecs
+from hopper_moe.quantization.errors import Refusal
 
 
 @pytest.fixture
@@ -121,7 +121,8 @@ def test_a_group_of_zeros_does_not_widen_the_row():
 def test_weights_that_cannot_be_quantised_are_refused(shape, value):
     w = torch.ones(shape)
     w[1, 5] = value
-    with pytest.raises(Refusal, match="48 columns are not a multiple of 32" if shape[1] == 48 else "NaN or infinite"):
+    error, words = (ValueError, "48 columns are not a multiple of 32") if shape[1] == 48 else (Refusal, "NaN or infinite")
+    with pytest.raises(error, match=words):
         codecs.quantize_mxfp4(w)
 
 
@@ -182,5 +183,5 @@ def test_pre_dispatch_pads_masks_and_multiplies_the_factor_once(seed):
 def test_tokens_that_do_not_belong_together_are_refused(change, sentence, seed):
     layer = make_layer(seed, num_tokens=5)
     arguments = {"x": layer.x, "topk_ids": layer.topk_ids, "topk_weights": layer.topk_weights} | change
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         pre_dispatch(**arguments)

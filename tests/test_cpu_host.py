@@ -1,11 +1,12 @@
 """The CPU host: its experts against transformers' own, batching, the OpenAI endpoints, and what it refuses."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,17 +14,20 @@ import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from processes import wait_for
+from small_checkpoint import CONFIG, make_state
 
+from hopper_moe.eval.demo import tiny_model
 from hopper_moe.eval.tiny_model.config import build_model
-from hopper_moe.launch.cpu_host import create_app
-from hopper_moe.launch.cpu_host_engine import Engine, Request
-from hopper_moe.launch.cpu_host_experts import use_kernel
-from hopper_moe.launch.cpu_host_model import load
-from hopper_moe.launch.demo import tiny_model
+from hopper_moe.launch.cpu_host.api import _NEUTRAL, ChatBody, CompletionBody
+from hopper_moe.launch.cpu_host.app import create_app
+from hopper_moe.launch.cpu_host.engine import Engine, Request
+from hopper_moe.launch.cpu_host.experts import use_kernel
+from hopper_moe.launch.cpu_host.model import load
 from hopper_moe.launch.ports import free_port
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.checkpoint import write_checkpoint
 from hopper_moe.quantization.checkpoint_names import original_config, to_original_names
+from hopper_moe.quantization.errors import Refusal
 
 CHAT = [{"role": "user", "content": "Mia has 7 apples and buys 5 more. How many apples does Mia have now?"}]
 
@@ -103,9 +107,13 @@ def test_batch_of_equal_lengths_gives_the_answers_of_single_requests(packed, see
 
 
 def test_a_request_whose_client_went_away_leaves_the_others_alone(packed) -> None:
-    engine = Engine(*packed, window=0.5)
+    engine, gate = Engine(*packed), threading.Event()
+    generate = engine.generate
+    engine.generate = lambda requests: gate.wait() and generate(requests)
+    engine.submit(Request((7, 8), 3, temperature=0))  # of another length: it goes first, and takes until the gate opens
     gone, stays = (engine.submit(Request((7, 8, 9), 3, temperature=0)) for _ in range(2))
     assert gone.cancel()
+    gate.set()
     assert len(stays.result(timeout=60).tokens) <= 3
     assert engine.submit(Request((7, 8, 9), 3, temperature=0)).result(timeout=60) == stays.result()
 
@@ -113,34 +121,31 @@ def test_a_request_whose_client_went_away_leaves_the_others_alone(packed) -> Non
 # A server whose model never finishes an answer.
 SLOW = """
 import sys, time
-from hopper_moe.launch import cpu_host
-cpu_host.Engine.generate = lambda *_: time.sleep(1000)
-cpu_host.serve(sys.argv[1], port=int(sys.argv[2]), kernel="transformers")
+from hopper_moe.launch.cpu_host import server
+server.Engine.generate = lambda *_: (print("asked", flush=True), time.sleep(1000))
+server.serve(sys.argv[1], port=int(sys.argv[2]), kernel="transformers")
 """
 
 
-def wait_for_health(url: str) -> None:
-    for _ in range(300):
-        try:
-            assert httpx.get(f"{url}/health").status_code == 200
-            return
-        except httpx.ConnectError:
-            time.sleep(0.2)
-    raise AssertionError(f"{url} does not answer")
+def is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_ctrl_c_does_not_wait_for_the_queue() -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    host = subprocess.Popen([sys.executable, "-c", SLOW, str(tiny_model()), str(port)])
+    host = subprocess.Popen([sys.executable, "-c", SLOW, str(tiny_model()), str(port)], stdout=subprocess.PIPE, text=True)
     try:
-        wait_for_health(url)
+        wait_for(lambda: is_healthy(url))
         with ThreadPoolExecutor() as pool:
-            asked = pool.submit(httpx.post, f"{url}/v1/completions", json={"prompt": "Mia"}, timeout=30)
-            time.sleep(2)
+            asked = pool.submit(httpx.post, f"{url}/v1/completions", json={"prompt": "Mia"}, timeout=300)
+            assert "asked\n" in iter(host.stdout.readline, "")  # reads until it has said so
             assert not asked.done()
             host.send_signal(signal.SIGINT)
-            host.wait(25)
+            host.wait(120)  # the answer would take 1000 s
     finally:
         host.kill()
 
@@ -214,7 +219,6 @@ def test_stream(client) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model": "gpt"}, "is not served here"),
         ({"n": 2}, "n=2 is not implemented"),
         ({"logprobs": True}, "logprobs=True"),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
@@ -246,6 +250,74 @@ def test_requests_that_are_refused(client, change: dict, complaint: str) -> None
     assert complaint in reply.json()["error"]["message"]
 
 
+def test_an_unknown_model_and_paths_are_404_in_openai_form(client) -> None:
+    for reply in (
+        client.post("/v1/chat/completions", json={"messages": CHAT, "model": "gpt"}),
+        client.get("/v1/models/gpt"),
+    ):
+        assert reply.status_code == 404
+        error = reply.json()["error"]
+        assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "model_not_found", "model")
+    assert client.get("/v1/models/tiny").json()["id"] == "tiny"
+    for reply, status in ((client.post("/v1/nothing", json={}), 404), (client.get("/v1/completions"), 405)):
+        assert reply.status_code == status and set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_an_api_key_is_required_but_for_health(packed) -> None:
+    with TestClient(create_app(Engine(*packed), "tiny", "w4a16", "s\u00e9cret")) as client:
+        key = "s\u00e9cret".encode()
+        body = {"messages": CHAT, "temperature": 0, "max_tokens": 2}
+        assert client.get("/health").status_code == 200
+        for header in (None, b"Bearer wrong", key, b"Basic " + key, b"Bearer", b"Bearer \xff"):
+            headers = {} if header is None else {b"authorization": header}
+            for reply in (
+                client.get("/v1/models", headers=headers),
+                client.post("/v1/chat/completions", json=body, headers=headers),
+            ):
+                assert reply.status_code == 401
+                assert reply.json()["error"]["code"] == "invalid_api_key" and "cret" not in reply.text
+        right = {b"authorization": b"Bearer " + key}
+        assert client.post("/v1/chat/completions", json=body, headers=right).status_code == 200
+
+
+def anything(rng: random.Random, depth: int = 0):
+    """A random JSON value, extremes included."""
+    leaves = [None, True, 0, -1, 1, 2, 10**40, -(2**63), 2**64, 0.5, -0.1, 1e-40, 1e300, float("nan"), float("inf"), "", "x",
+              "\ud800", "</think>", "7 " * 50]  # fmt: skip
+    kind = rng.randrange(8 if depth < 3 else 6)
+    if kind < 6:
+        return rng.choice(leaves)
+    if kind == 6:
+        return [anything(rng, depth + 1) for _ in range(rng.randrange(3))]
+    names = ("role", "content", "type", "text", "thinking", "include_usage", "\ud800", "x")
+    return {rng.choice(names): anything(rng, depth + 1) for _ in range(rng.randrange(4))}
+
+
+def test_random_bodies_are_answered_or_refused_in_openai_form(client, seed: int) -> None:
+    """Any 500 fails: the client raises the server's exceptions."""
+    rng = random.Random(seed)
+    fields = [*ChatBody.model_fields, *CompletionBody.model_fields, *_NEUTRAL, "user", "nonsense", "\ud800"]
+    outcomes = set()
+    for _ in range(150):
+        body = {"messages": CHAT, "prompt": "Mia has", "max_tokens": 2}
+        chat = rng.random() < 0.5
+        del body["prompt" if chat else "messages"]
+        body |= {rng.choice(fields): anything(rng) for _ in range(rng.randrange(3))}
+        if body.get("max_tokens") is None and not body.get("max_completion_tokens"):
+            body["max_tokens"] = 2  # or it generates to the end of the context
+        text = json.dumps(anything(rng) if rng.random() < 0.1 else body).encode()
+        if rng.random() < 0.1:
+            text = text[: rng.randrange(len(text))] + bytes([rng.randrange(256)])
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        reply = client.post(path, content=text, headers={"content-type": "application/json"})
+        outcomes.add(reply.status_code)
+        assert reply.status_code in (200, 400, 404), (text, reply.text)
+        if reply.status_code != 200:
+            error = reply.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"} and error["message"], (text, error)
+    assert {200, 400} <= outcomes
+
+
 def copy_of_tiny_model(folder: Path, **config_changes: object) -> Path:
     shutil.copytree(tiny_model(), folder)
     config = json.loads((folder / "config.json").read_text()) | config_changes
@@ -258,12 +330,30 @@ def test_checkpoints_and_kernels_that_are_refused(tmp_path: Path) -> None:
         load(tiny_model(), "mxfp4_mega")
     with pytest.raises(Refusal, match="is no folder"):
         load(tmp_path / "nothing", "reference")
+    with pytest.raises(Refusal, match=r"w1\.scale of expert 0 has shape \[128, 4\], but config\.json's .* need \[192, 4\]"):
+        load(copy_of_tiny_model(tmp_path / "other", moe_intermediate_size=192), "reference")
+    odd = write_checkpoint(tmp_path / "odd", make_state(0, moe_intermediate_size=192), CONFIG | {"moe_intermediate_size": 192})
     with pytest.raises(Refusal, match="intermediate_size 192 is not a positive multiple of 128"):
-        load(copy_of_tiny_model(tmp_path / "odd", moe_intermediate_size=192), "reference")
+        load(odd, "reference")
+    bare = copy_of_tiny_model(tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(Refusal, match=r"its tokenizer cannot be read .*fetch tokenizer\.json"):
+        load(bare, "reference")
     with pytest.raises(Refusal, match=r"layers\.0 has no tensors for expert 8 of 0\.\.15"):
         load(copy_of_tiny_model(tmp_path / "many", n_routed_experts=16), "reference")
     with pytest.raises(Refusal, match="says expert_dtype=fp8, but the expert weights are fp4"):
         load(copy_of_tiny_model(tmp_path / "fp8", expert_dtype="fp8"), "reference")
+
+
+def test_a_config_without_expert_dtype_is_served_by_what_the_weights_are(tmp_path: Path, packed, own) -> None:
+    folder = copy_of_tiny_model(tmp_path / "undeclared")
+    config = json.loads((folder / "config.json").read_text())
+    del config["expert_dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    ids = torch.arange(7, 40)[None]
+    torch.testing.assert_close(logits(load(folder, "w4a16")[0], ids), logits(packed[0], ids), rtol=0, atol=0)
+    torch.testing.assert_close(logits(load(folder, "transformers")[0], ids), logits(own[0], ids), rtol=0, atol=0)
 
 
 def test_an_experts_function_of_another_kind_can_take_over(packed, seed: int) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hopper_moe.eval.table_of_truth import run_all
-from hopper_moe.launch.demo import tiny_model
+from hopper_moe.eval.accuracy_table.cpu_host import run_all
+from hopper_moe.eval.demo import tiny_model
 
 
 def hopper_moe(*args: str) -> subprocess.CompletedProcess:

@@ -8,6 +8,7 @@ What needs the real one: its tensor cores' rounding, its time, and whatever the 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from emulated_layer import (
     SpreadLayer,
     bits_of,
     compiled_on_first_use,
+    copies_of,
     draw_batch,
     joined,
 )
@@ -26,11 +28,12 @@ from mega_moe_ranks import OPTIONS, SCENARIOS, tokens_of
 from mega_moe_rig import FACTOR, PAIRS, RANDOM_EXPERTS, read_dispatched, read_hidden, read_slots
 
 from hopper_moe.kernels import reference
-from hopper_moe.kernels.benchmarks.workload import ModelShape
+from hopper_moe.kernels.benchmarks.workload import ModelShape, random_checkpoint, widen_rows
 from hopper_moe.kernels.failure import PeerTimeout
 from hopper_moe.kernels.reference_stages import combine_slots, expert_hidden
+from hopper_moe.kernels.reference_weights import Mxfp4Experts
 from hopper_moe.kernels.tile_table import TILES, forced_tile
-from hopper_moe.quantization.packing import PackedExperts
+from hopper_moe.quantization.packing import PackedExperts, WidePackedExperts, pack_experts
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 # Products are exact and sums FP32, so only values of h within 1e-6 of a rounding border may differ, one in a million or so: each
@@ -51,16 +54,17 @@ CASES += [
     (name, tokens, "zipf", option)
     for name in ("few chunks", "one chunk", "wide")
     for tokens in (5, 150)
-    for option in ("bf16", "fp8_weights", "pairs")
+    for option in ("bf16", "fp8_weights", "wide_weights", "pairs")
 ]
 # Number of ranks -> scenarios that a run draws of those that the GPU test goes through (--scenarios: so many): 64 SMs of 384
 # threads take their time.
 NUM_SCENARIOS = {2: 5, 4: 2, 8: 1}
 CAPACITY_OF_EIGHT = 160  # still two blocks of 128 rows an expert
+MANY_EXPERTS = [(384 + 64, 384, 2), (384 + 64, 384, 8), (1024, 256, 4), (1024, 256, 8), (400, 100, 1)]
 SPREADS = [(num_ranks, option) for num_ranks in (2, 4) for option in OPTIONS] + [(8, name) for name in ("bf16", "waves", "pairs")]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gpus(tmp_path_factory):
     return compiled_on_first_use(tmp_path_factory.mktemp)
 
@@ -75,6 +79,7 @@ def random_experts(shape: ModelShape, options: dict, generator: torch.Generator)
     return RANDOM_EXPERTS[options.pop("weights", PackedExperts)](shape, shape.num_experts, generator, "cpu")
 
 
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize("name, num_tokens, routing, option", CASES)
 def test_layer(gpus, generator, seed, name, num_tokens, routing, option):
     shape, options = SHAPES[name], dict(OPTIONS[option])
@@ -93,7 +98,7 @@ def test_layer(gpus, generator, seed, name, num_tokens, routing, option):
         assert relative_l2(y, want) <= MAX_OF_MANY
     if num_tokens > 4:
         assert not y[2].any(), "a token without a valid slot is not zero"
-    if num_tokens and option in ("bf16", "pairs", "fp8_weights"):
+    if num_tokens and option in ("bf16", "pairs", "fp8_weights", "wide_weights"):
         tokens = read_dispatched(rank, num_tokens)
         (h,) = expert_hidden([tokens], [experts], num_experts=shape.num_experts, swiglu_limit=shape.swiglu_limit)
         others = read_hidden(rank, batch.topk_ids).hq.view(torch.uint8) != h.hq.view(torch.uint8)
@@ -101,7 +106,9 @@ def test_layer(gpus, generator, seed, name, num_tokens, routing, option):
         assert torch.equal(y, combine_slots(read_slots(rank, batch.topk_ids), batch.topk_ids))
 
 
-@pytest.mark.parametrize("weights", [PackedExperts, PackedFp8Experts])
+@pytest.mark.one_seed_in(4)
+@pytest.mark.cases_per_seed(1)
+@pytest.mark.parametrize("weights", [PackedExperts, WidePackedExperts, PackedFp8Experts])
 def test_bits_do_not_depend_on_tiles_waves_or_the_batch(gpus, generator, seed, weights):
     shape = SHAPES["odd"]
     experts, batch = RANDOM_EXPERTS[weights](shape, 7, generator, "cpu"), draw_batch(shape, 300, "one_hot", generator)
@@ -117,24 +124,71 @@ def test_bits_do_not_depend_on_tiles_waves_or_the_batch(gpus, generator, seed, w
         assert torch.equal(run(batch.rows(rows)), want[rows]), f"rows {rows} alone have other bits"
 
 
+@pytest.mark.parametrize("num_tokens", [3, 100])
+def test_a_layer_gives_the_same_bits_in_either_fp4_format(gpus, generator, seed, num_tokens):
+    """Where the tensor cores' sums do not depend on a common power of two, as here."""
+    shape = SHAPES["odd"]
+    checkpoint = random_checkpoint(shape, shape.num_experts, generator, "cpu", scale_bytes=(114, 122))
+    batch = draw_batch(shape, num_tokens, "uniform", generator)
+    normal, wide = (
+        EmulatedLayer(gpus(weights), shape, pack_experts(*checkpoint, weights), 100).run([batch], seed)[0]
+        for weights in (PackedExperts, WidePackedExperts)
+    )
+    assert torch.equal(bits_of(normal), bits_of(wide))
+
+
+def test_a_layer_with_a_few_wide_rows_is_the_reference_of_its_checkpoint(gpus, generator, seed):
+    """One row in a hundred spans 12 to 28 octaves and has a group of zeros under any scale."""
+    shape = SHAPES["odd"]
+    clean = random_checkpoint(shape, shape.num_experts, generator, "cpu")
+    checkpoint = widen_rows(clean, 0.01, generator)
+    packed, batch = pack_experts(*checkpoint), draw_batch(shape, MANY, "uniform", generator)
+    assert type(packed) is WidePackedExperts
+    (y,) = EmulatedLayer(gpus(WidePackedExperts), shape, packed, MANY).run([batch], seed)
+    given = {"swiglu_limit": shape.swiglu_limit, "routed_scaling_factor": FACTOR}
+    want, other = (
+        reference.moe_layer(batch.x, batch.topk_ids, batch.topk_weights, Mxfp4Experts(*tensors), **given)
+        for tensors in (checkpoint, clean)
+    )
+    assert_layers_agree(y, want, MAX_OF_MANY, 1 - MAX_OF_MANY**2)
+    assert relative_l2(other, want) > 2 * MAX_OF_MANY, "the wide rows do not show in this layer's result"
+
+
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize("num_ranks, option", SPREADS)
 def test_bits_of_one_rank(gpus, generator, seed, pytestconfig, num_ranks, option):
-    """Whatever the routing, whoever has how many tokens, in any order of events; and the experts' load is what the ids say."""
+    """Whatever the routing, whoever has how many tokens, in any order of events."""
     draw, options = random.Random(seed), dict(OPTIONS[option])
     experts = random_experts(SPREAD, options, generator)
     capacity = CAPACITY if num_ranks < 8 else CAPACITY_OF_EIGHT
     layer = SpreadLayer.make(gpus(type(experts)), experts, num_ranks, capacity=capacity, **options)
-    load = torch.zeros(SPREAD.num_experts, dtype=torch.int64)
     for case, routing in draw.sample(SCENARIOS, pytestconfig.getoption("scenarios") or NUM_SCENARIOS[num_ranks]):
         sizes = [tokens_of(case, rank, num_ranks, capacity, draw) for rank in range(num_ranks)]
         batches = [draw_batch(SPREAD, size, routing, generator, num_ranks) for size in sizes]
         got = layer.spread.run(batches, draw.randrange(2**31))
         layer.assert_same_bits(batches, got, seed, f"{case} {routing}, {sizes} tokens")
-        ids = joined(batches).topk_ids
-        load += torch.bincount(ids[ids >= 0].long(), minlength=SPREAD.num_experts)
-    assert torch.equal(torch.cat([rank.expert_load() for rank in layer.spread.ranks]), load)
 
 
+@pytest.mark.parametrize("num_experts, num_logical, num_ranks", MANY_EXPERTS)
+def test_more_experts_than_one_rank_holds(gpus, generator, seed, num_experts, num_logical, num_ranks):
+    """Redundant experts are copies: the bits are those of one rank that holds each expert once, up to the last id."""
+    few, num_tokens = ModelShape(256, 128, num_logical, 3, num_logical), 12
+    experts = random_experts(few, {}, generator)
+    many = replace(few, num_experts=num_experts, local_experts=num_experts // num_ranks)
+    batches = [draw_batch(many, num_tokens, "uniform", generator, num_ranks) for _ in range(num_ranks)]
+    for rank, batch in enumerate(batches):
+        last = (rank + 1) * (num_experts // num_ranks) - 1  # of the rank's own experts
+        batch.topk_ids[:2] = torch.tensor([[num_experts - 1, num_experts, 0], [last, last - 1, 2**31 - 1]])
+    got = EmulatedLayer(gpus(), many, copies_of(experts, num_experts), num_tokens, num_ranks).run(batches, seed)
+    logical = joined(batches)
+    ids = logical.topk_ids
+    logical = replace(logical, topk_ids=torch.where(ids < num_experts, ids.remainder(num_logical), -1).where(ids >= 0, -1))
+    (want,) = EmulatedLayer(gpus(), few, experts, num_ranks * num_tokens).run([logical], seed)
+    assert want[0].any() and torch.equal(bits_of(torch.cat(got)), bits_of(want))
+
+
+@pytest.mark.one_seed_in(2)
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize("num_ranks, num_calls", [(2, 12), (4, 6)])
 def test_ranks_that_run_ahead_and_late(gpus, generator, seed, num_ranks, num_calls):
     """Calls queued without looking, as graph replays are: the number of tokens changes, and whoever is ready goes on."""
@@ -174,6 +228,7 @@ def test_a_rank_that_never_comes_is_named(gpus, generator, seed):
     assert layer.ranks[2].failure.message() is None
 
 
+@pytest.mark.one_seed_in(4)
 def test_a_rank_that_ends_within_a_layer_is_named(gpus, generator, seed):
     """Rank 3 gives its counts but has no patience with rank 2, which is late; the others miss what rank 3's experts owe them."""
     layer = EmulatedLayer(gpus(), SPREAD, random_experts(SPREAD, {}, generator), 8, 4, timeouts_s=[1e-2, 1e-2, 1e-2, 1e-4])

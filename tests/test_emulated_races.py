@@ -1,7 +1,7 @@
 """No two accesses of the fused kernel to memory race: waits, fences and scopes order them all, on emulated GPUs.
 
-`emulator/races.hpp` says what is looked for, and `kVotesOrderMemory` in `emulator/include/cuda_runtime.h` names what is taken for
-granted. That mistakes of this kind are found is asked by `test_emulated_sabotage.py`.
+`emulator/races.hpp` says what is looked for: the orderings that PTX and CUDA guarantee, and no others.
+That mistakes of this kind are found is asked by `test_emulated_sabotage.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ CASES = [("bf16", 1, 1), ("bf16", 1, 300), ("waves", 2, 150), ("pairs", 2, 150)]
 CASES += [(option, 2, 40) for option in OPTIONS]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gpus(tmp_path_factory):
     return compiled_on_first_use(tmp_path_factory.mktemp, races=True)
 
 
+@pytest.mark.one_seed_in(4)
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize("option, num_ranks, num_tokens", CASES)
 def test_one_call(gpus, seed, option, num_ranks, num_tokens):
     draw, generator, options = random.Random(seed), torch.Generator().manual_seed(seed), dict(OPTIONS[option])
@@ -36,6 +38,7 @@ def test_one_call(gpus, seed, option, num_ranks, num_tokens):
     assert not any(y.isnan().any() for y in layer.run(batches, seed))
 
 
+@pytest.mark.one_seed_in(4)
 def test_calls_that_run_ahead(gpus, seed):
     """One call's counters, tokens and slots are the next one's."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)

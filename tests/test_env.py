@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from hopper_moe.kernels import cache_dir
+from hopper_moe.kernels.home import ensure_home
 from hopper_moe.moe_backends import env
-from hopper_moe.moe_backends.env_table import KERNELS, LEGACY_ALWAYS_ON, LEGACY_SWITCHES, VARIABLES
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.moe_backends.env_table import LEGACY_ALWAYS_ON, LEGACY_SWITCHES, VARIABLES
+from hopper_moe.moe_backends.kernel_specs import KERNELS
+from hopper_moe.quantization.errors import Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -139,7 +144,7 @@ def test_no_other_module_reads_the_environment_for_a_setting():
     for folder in ("moe_backends", "quantization", "kernels", "eval", "launch"):
         for path in (ROOT / folder).rglob("*.py"):
             found = read.search(path.read_text())
-            assert not found or path.name in ("env.py", "env_table.py"), f"{path}: {found[0]}"
+            assert not found or path.name in ("env.py", "env_table.py", "cache_dir.py"), f"{path}: {found[0]}"
 
 
 @pytest.mark.parametrize(
@@ -149,3 +154,118 @@ def test_unknown_name_is_refused_with_a_hint(name, hint):
     with pytest.raises(Refusal) as refused:
         env.load({name: "auto"})
     assert str(refused.value) == f"{name} is set, but no such variable exists: {hint}"
+
+
+SERVICE_LINKS = {
+    "SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "30000", "SERVICE_PORT_HTTP": "30000", "PORT": "tcp://10.0.0.1:30000",
+    "PORT_30000_TCP": "tcp://10.0.0.1:30000", "PORT_30000_TCP_ADDR": "10.0.0.1", "PORT_30000_TCP_PORT": "30000",
+    "PORT_30000_TCP_PROTO": "tcp", "PORT_53_UDP": "udp://10.0.0.1:53", "PORT_9_SCTP_PROTO": "sctp",
+    "NAME": "/client/hopper-moe", "ENV_PATH": "/bin",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("service", ["", "ROUTER_", "KERNEL_", "V4_FLASH_2_"])
+def test_service_links_stop_nothing_and_mean_nothing(service):
+    """H1: what Kubernetes and Docker set beside a service called hopper-moe, or hopper-moe-router."""
+    links = {f"HOPPER_MOE_{service}{name}": value for name, value in SERVICE_LINKS.items()}
+    assert env.load(links) == env.load({})
+
+
+@pytest.mark.parametrize(
+    "name", ["KERNEL_", "KERNEL_NAME", "PORTS", "PORT_X", "SERVICE", "TIMEOUT", "CACHEDIR", "CACHE_DIR_PORT_TCP", "MAX_TOKENS"]
+)
+def test_misspelt_variables_are_still_refused_beside_service_links(name):
+    links = {f"HOPPER_MOE_{link}": value for link, value in SERVICE_LINKS.items()}
+    with pytest.raises(Refusal, match=f"HOPPER_MOE_{name} is set, but no such variable exists"):
+        env.load({**links, f"HOPPER_MOE_{name}": "1"})
+
+
+BARE = [
+    *[(["env"], {"HOME": home} if home else {}) for home in ("", "/", "/nonexistent")],
+    *[(command, {}) for command in (["kernels", "list"], ["kernels", "table"], ["demo", "--help"])],
+    (["doctor"], {"HOME": "/"}),
+]
+BARE_USER = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+BARE_USER += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="only root can become another user")
+@pytest.mark.parametrize("command, home", BARE, ids=str)
+def test_commands_work_for_a_user_without_passwd_entry_or_home(command, home):
+    """H21: an empty environment, and a user id that no passwd entry knows (which may read this checkout, but write nowhere)."""
+    hopper_moe = Path(sys.executable).with_name("hopper-moe")
+    done = subprocess.run(
+        [*BARE_USER, hopper_moe, *command],
+        env={"PATH": "/usr/bin:/bin", **home},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    assert done.returncode in ((0, 1) if command == ["doctor"] else (0,)), done.stdout + done.stderr
+    if command == ["env"]:
+        assert "HOPPER_MOE_CACHE_DIR = /tmp/hopper_moe-54321" in done.stdout
+        assert len(re.findall("set HOME to|set HOPPER_MOE_CACHE_DIR to", done.stderr)) == 1, done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="only root can become another user")
+def test_the_plugin_registers_for_a_user_without_passwd_entry_or_home():
+    """H21 at the other door: SGLang's own loading of plugins. SGLang itself needs to be told where its caches are."""
+    program = (
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt.arg_groups.choices import MOE_RUNNER_BACKEND_CHOICES as choices\n"
+        "print('registered', 'hopper_moe' in choices)"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as caches:
+        os.chmod(caches, 0o777)
+        environ = {"PATH": "/usr/bin:/bin", "SGLANG_CACHE_DIR": caches}
+        command = [*BARE_USER, sys.executable, "-W", "ignore", "-c", program]
+        done = subprocess.run(command, env=environ, cwd="/", capture_output=True, text=True, timeout=300)
+    assert "registered True" in done.stdout and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "user id 54321 has no home folder: HOME is /tmp/hopper_moe-54321/home for this process" in done.stderr
+
+
+def test_a_home_that_cannot_be_written_is_replaced_and_its_models_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_dir.tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    for name in ("HF_HOME", "MODELSCOPE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    (home / ".cache" / "huggingface").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    ensure_home()
+    assert os.environ["HOME"] == str(home) and "HF_HOME" not in os.environ
+    writable = cache_dir.can_write
+    monkeypatch.setattr(cache_dir, "can_write", lambda folder: folder != home and writable(folder))
+    ensure_home()
+    try:
+        assert os.environ["HOME"] == str(tmp_path / "tmp" / f"hopper_moe-{os.getuid()}" / "home")
+        assert os.environ["HF_HOME"] == str(home / ".cache" / "huggingface") and "MODELSCOPE_CACHE" not in os.environ
+    finally:
+        os.environ.pop("HF_HOME", None)
+
+
+def test_a_home_with_a_missing_or_false_tmpdir(tmp_path):
+    program = "from hopper_moe.kernels import cache_dir; print(cache_dir.cache_dir())"
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TMPDIR": str(tmp_path / "none")}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / ".cache" / "hopper_moe"), done.stderr
+
+
+def test_a_read_only_cache_is_no_error_until_something_must_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_dir.os, "access", lambda path, mode: not mode & os.W_OK)
+    assert env.load({"HOPPER_MOE_CACHE_DIR": str(tmp_path)}).cache_dir == tmp_path
+    with pytest.raises(Refusal, match=f"{tmp_path} cannot be written by this user: set HOPPER_MOE_CACHE_DIR"):
+        cache_dir.make(tmp_path)
+
+
+def test_a_fallback_folder_of_somebody_else_is_not_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_dir, "fallback_dir", lambda: tmp_path / "theirs")
+    (tmp_path / "theirs").mkdir(mode=0o755)
+    (tmp_path / "theirs").chmod(0o777)
+    assert not cache_dir.is_trusted(tmp_path / "theirs")
+    with pytest.raises(Refusal, match="can be written by others"):
+        cache_dir.make(tmp_path / "theirs")
+    (tmp_path / "theirs").chmod(0o700)
+    assert cache_dir.is_trusted(tmp_path / "theirs")

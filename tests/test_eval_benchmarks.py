@@ -9,7 +9,7 @@ from sgl_eval.evals import _loader
 from sgl_eval.types import Sample
 
 from hopper_moe.eval import benchmarks
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 
 def rows(path: Path, *content: dict) -> Path:

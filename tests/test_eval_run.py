@@ -1,7 +1,9 @@
 """`hopper-moe eval` against a stub endpoint: kills and resumption, errors, retries, refusals. The process under test is real."""
 
 import json
+import multiprocessing
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -14,15 +16,18 @@ import pytest
 from click.testing import CliRunner
 from stub_server import Stub, write_questions
 
+from hopper_moe.eval.asking import Asking
 from hopper_moe.eval.benchmark_cli import run_benchmark
 from hopper_moe.eval.cli import main
 from hopper_moe.eval.journal import RunLock
 from hopper_moe.eval.paired import load_run
 from hopper_moe.eval.sampler import Sampler
 from hopper_moe.eval.serving import fingerprint
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 QUESTIONS, REPEATS = 40, 3
+PROCESSES = multiprocessing.get_context("forkserver")  # starts each without the seconds that imports take
+PROCESSES.set_forkserver_preload([main.__module__])
 
 
 def arguments(stub: Stub, folder: Path, out: Path, *more: str) -> list[str]:
@@ -38,6 +43,11 @@ def run(*args: str):
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def evaluate(args: list[str]) -> None:
+    """For a process of its own, which cannot be handed click's objects."""
+    main(args)
 
 
 def numbers(out: Path) -> dict:
@@ -59,16 +69,16 @@ def test_killed_at_any_point_and_resumed_gives_the_same_numbers(tmp_path: Path, 
     with Stub(silent_after=0) as stub:
         out = tmp_path / "killed"
         args = arguments(stub, tmp_path, out, "--n-repeats", str(REPEATS), "--concurrency", "4")
-        command = [sys.executable, "-c", f"from hopper_moe.eval.cli import main; main({args!r})"]
         finished = [0]
         for _ in range(3):  # three SIGKILLs at random points, each after some new answers, behind which the server is silent
             goal = finished[-1] + r.randint(1, 30)
-            stub.silent_after = stub.requests + goal - finished[-1]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while journal_lines(out) < goal and process.poll() is None:
+            stub.change(silent_after=stub.requests + goal - finished[-1])
+            process = PROCESSES.Process(target=evaluate, args=(args,))
+            process.start()
+            while journal_lines(out) < goal and process.is_alive():
                 time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
             finished.append(journal_lines(out))
         assert 0 < finished[1] < finished[2] < finished[3] < QUESTIONS * REPEATS, "three kills in the middle"
         recorded = journal_keys(out)
@@ -130,7 +140,7 @@ def test_five_percent_failed_requests_are_errors_and_not_wrong_answers(tmp_path:
         assert metrics["error_rate"] == pytest.approx(failed / asked)
         assert "stub was told to fail" in result.output
         assert run(*args, "--allow-errors", "0.5").exit_code == 0
-        stub.fail_share = 0.0  # the server is mended: the same command asks only what is missing
+        stub.change(fail_share=0.0)  # the server is mended: the same command asks only what is missing
         before = stub.requests
         assert run(*args).exit_code == 0
         assert stub.requests == before + failed
@@ -150,19 +160,20 @@ def test_passing_errors_are_tried_again_and_counted(tmp_path: Path) -> None:
 
 def test_server_that_never_answers_ends_the_run_early(tmp_path: Path) -> None:
     with Stub(fail_share=1.0) as stub:
-        result = run(*arguments(stub, tmp_path, tmp_path / "run", "--concurrency", "4"))
+        result = run(*arguments(stub, tmp_path, tmp_path / "run", "--concurrency", "4", "--tries", "1"))
         assert result.exit_code == 4
         assert stub.requests < 30, "gives up after 20, and what is in flight then"
+        assert "20 questions in a row got no answer" in result.output
         assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_a_server_of_our_own_may_come_back_on_another_port(tmp_path: Path) -> None:
     write_questions(tmp_path / "q.jsonl", 10)
-    how = {"out": tmp_path / "run", "data": tmp_path / "q.jsonl", "recorded_url": "own"}
+    how, into = Asking(data=tmp_path / "q.jsonl"), {"out": tmp_path / "run", "recorded_url": "own"}
     with Stub() as stub:
-        assert run_benchmark("gsm8k", stub.url, **how) == (0, tmp_path / "run")
+        assert run_benchmark("gsm8k", stub.url, how, **into) == (0, tmp_path / "run")
     with Stub() as stub:
-        assert run_benchmark("gsm8k", stub.url, **how) == (0, tmp_path / "run")
+        assert run_benchmark("gsm8k", stub.url, how, **into) == (0, tmp_path / "run")
         assert stub.requests == 0
 
 
@@ -188,7 +199,7 @@ def test_truncated_answers_are_counted(tmp_path: Path) -> None:
 )
 def test_interrupt_ends_at_once_keeps_answers_and_says_how_to_go_on(tmp_path: Path, silent: bool, number: int) -> None:
     """Also while the server is busy for hours with what it was asked: nobody waits for that after Ctrl-C."""
-    with Stub(delay=0.05, silent_after=5 if silent else None) as stub:
+    with Stub(delay=0.05, silent_after=5 if silent else QUESTIONS - 5) as stub:  # however late the signal is, it is not done
         out = tmp_path / "run"
         args = arguments(stub, tmp_path, out, "--concurrency", "2")
         command = [sys.executable, "-c", f"from hopper_moe.eval.cli import main; main({args!r})"]
@@ -246,6 +257,14 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
         ("[1]\n", "a list, not an object"),
         ("\n", "has no rows"),
         (None, "is no file"),
+        ('{"problem": "half \\ud83d", "expected_answer": "1"}', "line 1: problem holds half a surrogate pair"),
+        ('{"problem": ["a"], "expected_answer": "1"}', r"line 1: problem is \['a'\], but a text is needed"),
+        ('{"problem": "a", "expected_answer": {}}', "line 1: expected_answer is {}, but a text or a number is needed"),
+        ('{"problem": "a", "expected_answer": NaN}', "line 1: expected_answer is nan, but a text or a number"),
+        ('{"problem": "a", "expected_answer": "1", "id": [1]}', r"line 1: id is \[1\], but a text or a whole number"),
+        ('{"question": "a", "answer": "1"}', "line 1: a row of gsm8k's own form needs"),
+        ("9" * 5000, "line 1: no valid JSON"),
+        ("[" * 100_000, "line 1: no valid JSON"),
     ],
 )
 def test_bad_question_files_are_refused_before_anything_is_asked(tmp_path: Path, rows: str | None, complaint: str) -> None:
@@ -258,9 +277,45 @@ def test_bad_question_files_are_refused_before_anything_is_asked(tmp_path: Path,
         assert stub.requests == 0
 
 
+@pytest.mark.parametrize("room", [0, 100, 1500, 3000])
+def test_a_full_disk_is_one_sentence_and_the_run_carries_on(tmp_path: Path, room: int) -> None:
+    """As a limit of file size: the write that does not fit is cut short, the next one fails."""
+    out = tmp_path / "run"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Stub() as stub:
+        args = arguments(stub, tmp_path, out, "--concurrency", "2")
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            with pytest.raises(
+                Refusal, match="(answers.jsonl cannot be written|cannot be used) .*the same command carries on"
+            ) as caught:
+                run(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "\n" not in str(caught.value)
+        journal = out / "answers.jsonl"
+        kept = len(journal.read_bytes().splitlines()) if journal.exists() else 0
+        asked = sum(stub.answered.values())
+        assert kept <= asked <= kept + 2 * 2, "nothing is asked whose answer cannot be kept"
+        assert (kept > 0) == (room > 1000), "settings.json takes less than that, an answer far less"
+        if kept:
+            assert journal.read_bytes().endswith(b"\n")
+        assert run(*args).exit_code == 0
+        assert len(journal.read_bytes().splitlines()) == QUESTIONS
+        assert sum(stub.answered.values()) == asked + QUESTIONS - kept
+
+
+def test_a_folder_that_takes_no_files_is_one_sentence(tmp_path: Path) -> None:
+    with Stub() as stub:
+        for out in ("/proc/run", "/dev/null", "/dev/null/run", str(tmp_path / ("x" * 300))):
+            with pytest.raises(Refusal, match="cannot be a run folder .*give another --out"):
+                run(*arguments(stub, tmp_path, Path(out)))
+        assert not stub.answered
+
+
 def test_other_checkpoint_under_the_same_name_is_refused(tmp_path: Path) -> None:
     write_questions(tmp_path / "q.jsonl", 3)
-    how = {"out": tmp_path / "run", "data": tmp_path / "q.jsonl", "recorded_url": "own"}
+    how, into = Asking(data=tmp_path / "q.jsonl"), {"out": tmp_path / "run", "recorded_url": "own"}
     prints = []
     for parent, content in (("a", "1"), ("b", "1"), ("b", "22")):
         (tmp_path / parent / "ckpt").mkdir(parents=True, exist_ok=True)
@@ -268,9 +323,9 @@ def test_other_checkpoint_under_the_same_name_is_refused(tmp_path: Path) -> None
         prints.append(fingerprint(str(tmp_path / parent / "ckpt")))
     assert len(set(prints)) == 3
     with Stub() as stub:
-        assert run_benchmark("gsm8k", stub.url, checkpoint=prints[0], **how)[0] == 0
+        assert run_benchmark("gsm8k", stub.url, how, checkpoint=prints[0], **into)[0] == 0
         with pytest.raises(Refusal, match="holds a run with checkpoint="):
-            run_benchmark("gsm8k", stub.url, checkpoint=prints[1], **how)
+            run_benchmark("gsm8k", stub.url, how, checkpoint=prints[1], **into)
 
 
 def test_fresh_takes_nothing_from_a_run_that_writes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Metrics against sgl-eval's own numbers, paired statistics against known cases and coverage, the report's contents."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from stub_server import Stub, write_questions
 from hopper_moe.eval import benchmarks, paired, statistics
 from hopper_moe.eval.cli import main
 from hopper_moe.eval.statistics import Attempt
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
 QUESTIONS = 60
 
@@ -98,21 +99,26 @@ def test_mcnemar_and_interval_of_known_counts() -> None:
     assert 0 < high < 0.005
 
 
-def test_interval_covers_the_true_difference(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    trials, pairs, true = 400, 300, 0.03
-    hits = 0
-    for _ in range(trials):
-        lost, won, _same = rng.multinomial(pairs, [0.05, 0.05 + true, 0.9 - true])
+def test_interval_covers_the_true_difference() -> None:
+    """Summed over every outcome (lost, won, same) of 300 pairs, so that nothing depends on luck."""
+    pairs, true = 300, 0.03
+    chances = [0.05, 0.05 + true, 0.9 - true]
+    coverage = reached = 0.0
+    for lost, won in itertools.product(range(60), range(80)):  # beyond lies less than 1e-9 of the distribution
+        counts = (lost, won, pairs - lost - won)
+        logs = (count * math.log(chance) - math.lgamma(count + 1) for count, chance in zip(counts, chances, strict=True))
+        probability = math.exp(math.lgamma(pairs + 1) + sum(logs))
         low, high = paired.bonett_price(won, lost, pairs)
-        hits += low <= true <= high
-    assert hits / trials > 0.95 - 4 * math.sqrt(0.95 * 0.05 / trials)
+        reached += probability
+        coverage += probability * (low <= true <= high)
+    assert reached == pytest.approx(1, abs=1e-9)
+    assert 0.945 < coverage < 0.965
 
 
 def test_p_values_of_no_difference_are_not_small_too_often(seed: int) -> None:
     rng = np.random.default_rng(seed)
     small = sum(paired.permutation_p(rng.choice([-0.5, 0, 0.5], 40)) < 0.05 for _ in range(60))
-    assert small <= 12  # expected 3; 12 or more has a chance below 1e-4
+    assert small <= 12  # expected 3 at most; more than 12 of 60 has a chance of 7e-6
 
 
 @pytest.mark.parametrize("repeats", ["1", "4"])

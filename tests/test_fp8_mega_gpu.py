@@ -7,17 +7,13 @@ tokens of 128 features.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from layer_compare import relative_l2
-from mega_moe_rig import Batch, Rig, make_rig
+from mega_moe_checks import check_bits, check_layer
+from mega_moe_rig import Rig, make_rig
 
-from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape
-from hopper_moe.kernels.mega_moe import MegaMoE
-from hopper_moe.kernels.tile_table import TILES, forced_tile
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape, make_layer
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 
 pytestmark = pytest.mark.gpu
@@ -39,8 +35,8 @@ CAPACITY = 600
 
 
 @pytest.fixture(scope="module", params=LAYERS)
-def rig(request) -> Rig:
-    return make_rig(int(os.environ["TEST_SEED"]), *LAYERS[request.param], CAPACITY, weights=PackedFp8Experts)
+def rig(request, seed) -> Rig:
+    return make_rig(seed, *LAYERS[request.param], CAPACITY, weights=PackedFp8Experts)
 
 
 def assert_is(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -54,11 +50,7 @@ def assert_is(got: torch.Tensor, want: torch.Tensor) -> None:
 @pytest.mark.parametrize("routing", ["uniform", "one_hot"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 8, 9, 31, 64, 129, 300, 600])
 def test_the_layer(rig, num_tokens, routing):
-    batch = rig.batch(num_tokens, routing)
-    y = rig.run(batch)
-    assert y.shape == batch.x.shape
-    if num_tokens:
-        assert_is(y, rig.reference(batch))
+    check_layer(rig, num_tokens, routing, assert_is)
 
 
 def test_masked_tokens_are_zeros_and_the_next_call_is_right(rig):
@@ -71,24 +63,14 @@ def test_masked_tokens_are_zeros_and_the_next_call_is_right(rig):
 
 @pytest.mark.parametrize("num_tokens", [1, 40, 300])
 def test_bits_do_not_depend_on_tile_batch_or_repetition(rig, num_tokens):
+    check_bits(rig, num_tokens, CAPACITY)
     batch = rig.batch(num_tokens)
     want = rig.run(batch)
-    for tile in TILES:
-        assert torch.equal(rig.with_tiles(forced_tile(tile), CAPACITY).run(batch), want), f"tile {tile} gives other bits"
     assert all(torch.equal(rig.run(batch, poison=False), want) for _ in range(20))
-    for begin in {0, num_tokens // 2, num_tokens - 1}:
-        rows = slice(begin, begin + 1)
-        assert torch.equal(rig.run(batch.rows(rows)), want[rows]), f"row {begin} alone has other bits"
-    order = torch.randperm(num_tokens, device="cuda", generator=rig.generator)
-    assert torch.equal(rig.run(Batch(batch.x[order], batch.topk_ids[order], batch.topk_weights[order])), want[order])
 
 
 def test_the_other_format_is_refused(rig):
-    shape = rig.shape
-    fp4 = MegaMoE(
-        num_tokens_capacity=8, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
-        num_experts=rig.mm.num_experts, top_k=shape.top_k,
-    )  # fmt: skip
+    fp4 = make_layer(rig.shape, rig.mm.shard.num_experts, 8)
     batch = rig.batch(4)
-    with pytest.raises(Refusal, match="the experts are PackedFp8Experts, this MegaMoE was made for weights=PackedExperts"):
+    with pytest.raises(ValueError, match="the experts are PackedFp8Experts, this MegaMoE was made for weights=PackedExperts"):
         fp4(batch.x, batch.topk_ids, batch.topk_weights, rig.packed, swiglu_limit=None)

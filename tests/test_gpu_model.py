@@ -18,8 +18,8 @@ from hopper_moe.eval.gpu_model.state import initial_state, is_trained, whole_sta
 from hopper_moe.eval.tiny_model.config import build_model
 from hopper_moe.eval.tiny_model.tokenizer import build_tokenizer
 from hopper_moe.eval.word_problems import is_held_out, problems, question_set
-from hopper_moe.launch.cpu_host_engine import Engine, Request
-from hopper_moe.launch.cpu_host_model import load
+from hopper_moe.launch.cpu_host.engine import Engine, Request
+from hopper_moe.launch.cpu_host.model import load
 from hopper_moe.quantization import codecs
 
 MODEL, QUESTIONS = DATA / "gpu_dsv4", DATA / "word_problems_hard.jsonl"

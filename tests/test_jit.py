@@ -12,23 +12,26 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from hopper_moe.kernels import jit, mega_moe
-from hopper_moe.kernels.build import buildable, main
+from hopper_moe.kernels import jit, w4a16, workspace
+from hopper_moe.kernels.benchmarks.workload import SHAPES
+from hopper_moe.kernels.shard import ExpertShard
 from hopper_moe.launch import doctor_checks
 from hopper_moe.launch.cli import main as hopper_moe
+from hopper_moe.launch.kernels_cli import buildable, main
 from hopper_moe.launch.machine import Machine
-from hopper_moe.moe_backends import startup
-from hopper_moe.moe_backends.base import ExpertShard
 from hopper_moe.moe_backends.env import settings
-from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.moe_backends.registry import REGISTRY
+from hopper_moe.moe_backends.kernel_specs import REGISTRY
+from hopper_moe.moe_backends.sglang import startup
 from hopper_moe.quantization import layout
+from hopper_moe.quantization.errors import Refusal
+from hopper_moe.quantization.packing import PackedExperts
 
 # The bar is 0 and mega_moe_kernel does not meet it: it spills outside its product loops (most of it behind a pass of a pair, once
 # in 64 chunks) and, FP4, in the widest L2 loop: 2 stores and 2 loads of 358 instructions. (A kernel that spilled 240 bytes, none
 # there, was slower.) The bounds only keep it from growing.
 MAX_SPILL_BYTES = {
-    "mega_moe": {"pre_dispatch_kernel": 0, "give_up": 0, "mega_moe_kernelILb0E": 1104, "mega_moe_kernelILb1E": 1148},
+    "mxfp4_mega": {"pre_dispatch_kernel": 0, "give_up": 0, "mega_moe_kernelILb0E": 1104, "mega_moe_kernelILb1E": 1148},
+    "mxfp4_wide": {"pre_dispatch_kernel": 0, "give_up": 0, "mega_moe_kernelILb0E": 1144, "mega_moe_kernelILb1E": 1200},
     "fp8_mega": {"pre_dispatch_kernel": 0, "give_up": 0, "mega_moe_kernelILb0E": 140, "mega_moe_kernelILb1E": 204},
 }
 FUNCTION = re.compile(r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -88,10 +91,14 @@ def test_spilled_bytes(library, report):
 
 
 def test_the_key_depends_on_sources_flags_and_layout(sources, monkeypatch):
-    library = jit.LIBRARIES["mega_moe"]
+    library, other = list(jit.LIBRARIES.values())[:2]
     keys = [jit.cache_key(library)]
     assert jit.cache_key(library) == keys[0]
-    keys.append(jit.cache_key(jit.LIBRARIES["fp8_mega"]))  # same source, other weights
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PATH", "")
+        elsewhere.setenv("CUDA_HOME", "/nonexistent")
+        assert jit.cache_key(library) == keys[0], "the key needs no compiler"
+    keys.append(jit.cache_key(other))  # same source, other weights
     header = sources / "ptx" / "memory.cuh"
     header.write_bytes(header.read_bytes() + b"\n")
     keys.append(jit.cache_key(library))
@@ -104,11 +111,21 @@ def test_the_key_depends_on_sources_flags_and_layout(sources, monkeypatch):
     assert len(set(keys)) == len(keys), "a change did not change the key"
 
 
+def test_an_older_tvm_ffi_is_refused_and_a_newer_one_keeps_the_key(monkeypatch):
+    library = next(iter(jit.LIBRARIES.values()))
+    key = jit.cache_key(library)
+    monkeypatch.setattr(jit.importlib.metadata, "version", lambda name: "0.1.13")
+    assert jit.cache_key(library) == key
+    monkeypatch.setattr(jit.importlib.metadata, "version", lambda name: "0.1.5")
+    with pytest.raises(Refusal, match="apache-tvm-ffi 0.1.5 is older than 0.1.11: pip install"):
+        jit.cache_key(library)
+
+
 def test_a_broken_source_says_why_and_leaves_nothing(sources):
     (sources / "bindings.cu").write_text("int broken() { return no_such_name; }\n")
     for compile_it in (jit.build, jit.compile_report):
         with pytest.raises(Refusal, match="could not compile bindings.cu .*no_such_name"):
-            compile_it("mega_moe")
+            compile_it(next(iter(jit.LIBRARIES)))
     assert list(settings().cache_dir.iterdir()) == []
 
 
@@ -123,18 +140,75 @@ def broken_nvcc(tmp_path, monkeypatch) -> Path:
     return nvcc
 
 
-@pytest.mark.parametrize("command", [("list",), ("build", "mega_moe")])
-def test_commands_say_in_one_line_that_the_compiler_is_broken(command, broken_nvcc):
-    done = CliRunner().invoke(hopper_moe, ["kernels", *command])
+def test_commands_say_in_one_line_that_the_compiler_is_broken(broken_nvcc, sources):
+    done = CliRunner().invoke(hopper_moe, ["kernels", "build", *list(jit.LIBRARIES)[:1]])
     assert done.exit_code == 2, done.exception
     line = done.stderr.splitlines()[-1]
-    assert f"`{broken_nvcc} --version` failed" in line and "exit code 3" in line and "libcicc.so is missing" in line
-    assert doctor_checks.compiled() == [] and "libcicc.so" in doctor_checks.compiler(Machine()).text
+    assert f"{broken_nvcc} could not compile" in line and "exit code 3" in line and "libcicc.so is missing" in line
+    assert "libcicc.so" in doctor_checks.compiler(Machine()).text
+
+
+@pytest.fixture
+def no_nvcc(monkeypatch) -> None:
+    """A machine without any compiler."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+
+
+@pytest.mark.parametrize("name", jit.LIBRARIES)
+def test_without_a_compiler_the_sentence_names_the_folders_and_leads_out(name, sources, no_nvcc, tmp_path):
+    with pytest.raises(Refusal) as refused:
+        jit.load(name)
+    said = str(refused.value)
+    assert f"{name} is not compiled for this release in {jit.PREBUILT_DIR}, {tmp_path / 'cache'}" in said
+    assert "no nvcc on PATH or under CUDA_HOME" in said and "hopper-moe kernels build --into DIR" in said
+    assert "set HOPPER_MOE_CACHE_DIR to a copy of DIR" in said
+    assert not (tmp_path / "cache").exists(), "nothing is written where nothing can be compiled"
+    assert CliRunner().invoke(hopper_moe, ["kernels", "list"]).exit_code == 0, "what is there can be listed"
+
+
+@pytest.mark.parametrize("where", ["prebuilt", "cache"])
+def test_a_library_compiled_elsewhere_loads_without_a_compiler(where, prebuilt, no_nvcc, tmp_path, monkeypatch, caplog):
+    """H17: from the wheel's own folder, or from a read-only cache; nothing is compiled or written."""
+    if where == "prebuilt":
+        monkeypatch.setattr(jit, "PREBUILT_DIR", prebuilt)
+    monkeypatch.setattr(jit.cache_dirs, "make", lambda folder: pytest.fail(f"{folder} would be written"))
+    for name in jit.LIBRARIES:
+        functions = jit.load(name, tmp_path / "empty" if where == "prebuilt" else prebuilt)
+        assert len(functions["workspace_layout"](FLASH_RANK)) == len(workspace.WORKSPACE_FIELDS)
+    assert not caplog.records
+
+
+def test_a_damaged_library_is_one_sentence(tmp_path, no_nvcc):
+    library = next(iter(jit.LIBRARIES.values()))
+    damaged = jit.path_in(tmp_path, library)
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"not an ELF file")
+    with pytest.raises(Refusal, match=f"{damaged} cannot be loaded here .*remove its folder"):
+        jit.load(library.name, tmp_path)
+
+
+def test_a_cache_on_a_noexec_mount_is_named(tmp_path, no_nvcc, monkeypatch):
+    library = next(iter(jit.LIBRARIES.values()))
+    there = jit.path_in(tmp_path, library)
+    there.parent.mkdir(parents=True)
+    there.write_bytes(b"not an ELF file")
+    found = list(os.statvfs(tmp_path))
+    found[8] |= os.ST_NOEXEC
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result(found))
+    with pytest.raises(Refusal, match=f"{there} cannot be loaded: its file system is mounted noexec"):
+        jit.load(library.name, tmp_path)
+
+
+def test_flashinfers_library_without_a_compiler_is_one_sentence(no_nvcc, tmp_path, monkeypatch):
+    monkeypatch.setattr(w4a16, "library_path", lambda: tmp_path / "fused_moe_90.so")
+    with pytest.raises(Refusal, match="w4a16 needs FlashInfer's library .*no nvcc .*flashinfer-jit-cache"):
+        w4a16.build()
 
 
 def test_build_says_in_one_line_that_a_source_does_not_compile(sources):
     (sources / "bindings.cu").write_text("int broken() { return no_such_name; }\n")
-    done = CliRunner().invoke(hopper_moe, ["kernels", "build", "mega_moe"])
+    done = CliRunner().invoke(hopper_moe, ["kernels", "build", next(iter(jit.LIBRARIES))])
     assert done.exit_code == 2, done.exception
     assert "could not compile bindings.cu" in done.stderr.splitlines()[-1] and "no_such_name" in done.stderr.splitlines()[-1]
 
@@ -176,9 +250,9 @@ def test_racing_processes_share_one_library(tmp_path):
 
 def test_workspace_layout():
     """What the library says of its own memory: every field of the Python side, in order, in the map's sizes."""
-    fields = list(map(int, jit.load("mega_moe")["workspace_layout"](FLASH_RANK)))
-    assert len(fields) == len(mega_moe._WORKSPACE_FIELDS)
-    at = dict(zip(mega_moe._WORKSPACE_FIELDS, fields, strict=True))
+    fields = list(map(int, jit.load(PackedExperts.library)["workspace_layout"](FLASH_RANK)))
+    assert len(fields) == len(workspace.WORKSPACE_FIELDS)
+    at = dict(zip(workspace.WORKSPACE_FIELDS, fields, strict=True))
     in_order = [offset for name, offset in at.items() if name != "control_bytes"]
     assert all(low < high for low, high in pairwise(in_order)) and all(offset % 1024 == 0 for offset in fields)
     assert at["next_task"] < at["control_bytes"] == at["slot_list"]
@@ -189,32 +263,29 @@ def test_workspace_layout():
     assert at["pool_x"] - at["combine_scale"] == 4 * capacity * top_k * hidden // 128
     assert at["x"] - at["slot_list"] == 4 * num_experts * capacity * top_k
     assert at["pool_h_scale"] - at["pool_h"] == (wave_rows + 128) * intermediate, "pools hold a wave, not all ranks' tokens"
-    plain = dict(zip(mega_moe._WORKSPACE_FIELDS, jit.load("mega_moe")["workspace_layout"]([*FLASH_RANK[:-2], 0, 0]), strict=True))
+    without_options = jit.load(PackedExperts.library)["workspace_layout"]([*FLASH_RANK[:-2], 0, 0])
+    plain = dict(zip(workspace.WORKSPACE_FIELDS, without_options, strict=True))
     assert plain["x_scale"] - plain["x"] == capacity * hidden
     assert plain["pool_x"] - plain["combine"] == 2 * capacity * top_k * hidden
 
 
 def test_buffer_of_eight_ranks_stays_under_a_gibibyte():
     """Flash, 8192 tokens a rank: the issue's bound; the pools do not grow with the ranks."""
-    flash = {"hidden_size": 4096, "intermediate_size": 2048, "num_experts": 256, "top_k": 6, "num_tokens_capacity": 8192}
-    sizes = {n: mega_moe.workspace_bytes(**flash, num_local_experts=256 // n, num_ranks=n) for n in (2, 4, 8)}
+    shard = ExpertShard.of(SHAPES["flash"], 8192)
+    of_ranks = {n: replace(shard, num_local_experts=256 // n) for n in (2, 4, 8)}
+    sizes = {n: workspace.workspace_bytes(of_rank, "mxfp4_mega", num_ranks=n) for n, of_rank in of_ranks.items()}
     print({n: f"{size / 2**30:.2f} GiB" for n, size in sizes.items()})
     assert sizes[8] < 2**30
-    fp8 = mega_moe.workspace_bytes(**flash, num_local_experts=32, num_ranks=8, fp8_combine=True)
+    fp8 = workspace.workspace_bytes(replace(of_ranks[8], fp8_combine=True), "mxfp4_mega", num_ranks=8)
     assert 0.15 * 2**30 < sizes[8] - fp8 < 0.2 * 2**30, "half the combine slots, less their scales"
 
 
 def test_the_start_up_block_tells_the_exchange_buffer():
     """What is logged is what `MegaMoE` will take: with a group the buffer of its ranks, with the options that are on."""
-    shard = ExpertShard(256, 32, 32, 6, 4096, 2048, 10.0, 8192, group=object(), fp8_combine=True)
-    flash = {"hidden_size": 4096, "intermediate_size": 2048, "num_experts": 256, "top_k": 6, "num_tokens_capacity": 8192}
+    alone = ExpertShard.of(SHAPES["flash"], 8192, rank=1, num_ranks=8, fp8_combine=True)
+    shard = replace(alone, group=object())
     for name in ("mxfp4_mega", "fp8_mega"):
         told = startup.workspace_bytes(REGISTRY[name], shard)
-        assert told == mega_moe.workspace_bytes(**flash, num_local_experts=32, num_ranks=8, fp8_combine=True)
-        assert told != startup.workspace_bytes(REGISTRY[name], replace(shard, group=None))
+        assert told == workspace.workspace_bytes(alone, name, num_ranks=8)
+        assert told != startup.workspace_bytes(REGISTRY[name], alone)
     assert startup.workspace_bytes(REGISTRY["w4a16"], shard) == 0
-
-
-def test_limits_are_the_kernels_own():
-    source = (jit.SOURCE_DIR / "layout.cuh").read_text()
-    assert int(re.search(r"kMaxExperts = (\d+);", source)[1]) == mega_moe.MAX_EXPERTS

@@ -14,36 +14,39 @@ import torch
 from layer_compare import relative_l2
 from layer_data import Layer, make_layer
 
+from hopper_moe.eval.layer_bench.baselines import BASELINES
+from hopper_moe.eval.layer_bench.baselines.flashinfer_mxfp4 import FlashInferMxfp4Runner
+from hopper_moe.eval.layer_bench.contenders import OURS, create, fill
 from hopper_moe.kernels import reference
-from hopper_moe.kernels.benchmarks.contenders import OURS, create, fill
-from hopper_moe.kernels.peers import PEERS
 from hopper_moe.kernels.reference_weights import Mxfp4Experts
-from hopper_moe.moe_backends.base import ExpertRunner, ExpertShard
-from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.moe_backends.registry import REGISTRY
+from hopper_moe.kernels.shard import ExpertShard
+from hopper_moe.moe_backends.kernel_specs import REGISTRY
+from hopper_moe.moe_backends.runner import ExpertRunner
+from hopper_moe.quantization.errors import Refusal
 
 LIMIT = 2.0
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 4, 640, 512
-HIDDEN_OF = {"deep_gemm_mega": 1024}  # it takes multiples of 512 only
+HIDDEN_OF = {"deep_gemm_mega": 1024, "humming": 1024}  # multiples of 512 only; of 256 without padding
 CAPACITY = 512
 W4A16_ERROR, W8A8_ERROR = 1e-2, 8e-2  # relative L2, over all rows; a row may have twice that
-BF16_ACTIVATIONS = {"w4a16", "marlin", "flashinfer_mxfp4"}
+BF16_ACTIVATIONS = {"w4a16", "marlin", "flashinfer_mxfp4", "humming"}
 
-ON_GPU = [pytest.param(name, "cuda", marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("reference", *OURS, *PEERS)]
+ON_GPU = [pytest.param(name, "cuda", marks=pytest.mark.gpu, id=f"{name}-gpu") for name in ("reference", *OURS, *BASELINES)]
 EVERY = [pytest.param("reference", "cpu", id="reference-cpu"), *ON_GPU]
-SHARDED = [case for case in EVERY if case.values[0] not in PEERS]  # peers are compared on one rank
+SHARDED = [case for case in EVERY if case.values[0] not in BASELINES]  # peers are compared on one rank
 
 
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch) -> None:
     """FlashInfer's tiles change its speed only, and measuring them takes seconds per shape: the benchmarks do that."""
     monkeypatch.setattr("hopper_moe.kernels.w4a16.W4A16.tune", lambda *args: None)
+    monkeypatch.setattr(FlashInferMxfp4Runner, "tune", lambda *args: None)
 
 
 def runner_of(kernel: str, layer: Layer, device: str, **shard: int) -> ExpertRunner:
     """A runner that holds the experts `first_expert ...` of the layer, whose tensors may be a slice."""
-    if kernel in PEERS and PEERS[kernel].missing:
-        pytest.skip(f"{kernel}: {PEERS[kernel].missing}")
+    if kernel in BASELINES and BASELINES[kernel].missing:
+        pytest.skip(f"{kernel}: {BASELINES[kernel].missing}")
     if kernel in REGISTRY and REGISTRY[kernel].factory is None:
         pytest.skip(f"{kernel} is not built in this release")
     first, count = shard.get("first_expert", 0), shard.get("num_local_experts", layer.w13.shape[0])
@@ -187,7 +190,7 @@ def test_tensor_parallel_slices_add_up(kernel, device, ranks, seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", [*OURS, *PEERS])
+@pytest.mark.parametrize("kernel", [*OURS, *BASELINES])
 def test_a_cuda_graph_replays_with_new_routing(kernel, seed):
     layer = layer_of(seed, 64, kernel)
     runner = runner_of(kernel, layer, "cuda")

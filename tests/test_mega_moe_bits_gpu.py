@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -18,8 +17,8 @@ REPETITIONS = 100
 
 
 @pytest.fixture(scope="module")
-def rig() -> Rig:
-    return make_rig(int(os.environ["TEST_SEED"]), SHAPES["flash"], 32, 4096)
+def rig(seed) -> Rig:
+    return make_rig(seed, SHAPES["flash"], 32, 4096)
 
 
 @pytest.mark.parametrize("num_tokens, routing", [(1, "uniform"), (129, "zipf"), (2048, "one_hot")])

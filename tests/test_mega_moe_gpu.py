@@ -126,7 +126,7 @@ def excess_over_one_step(got: HiddenStage, want: HiddenStage) -> float:
 )
 def test_stages(rigs, measured, seed, name, num_tokens):
     rig = rigs(name, seed)
-    batch, limit, experts = rig.batch(num_tokens), rig.shape.swiglu_limit, rig.mm.num_experts
+    batch, limit, experts = rig.batch(num_tokens), rig.shape.swiglu_limit, rig.mm.shard.num_experts
     y = rig.run(batch)
     tokens = read_dispatched(rig.mm, num_tokens)
     hidden, slots = read_hidden(rig.mm, batch.topk_ids), read_slots(rig.mm, batch.topk_ids)
@@ -256,6 +256,19 @@ def test_foreign_ids_are_skipped(seed, first_expert):
     assert_layers_agree(y, want, MAX_END_TO_END, MIN_COSINE)
     local = (batch.topk_ids >= first_expert) & (batch.topk_ids < first_expert + 8)
     assert local.any() and not y[~local.any(1)].any()
+
+
+@pytest.mark.parametrize("num_experts, num_local, first_expert", [(1024, 16, 1008), (1024, 128, 896), (400, 400, 0)])
+def test_as_many_experts_as_the_tables_hold(seed, num_experts, num_local, first_expert):
+    """The last ids of the largest id space, and a rank with as many experts as one can hold."""
+    shape = ModelShape(256, 128, num_experts, 3, num_local)
+    rig = make_rig(seed, shape, num_experts, 100, num_local_experts=num_local, first_expert=first_expert)
+    batch = rig.batch(100)
+    batch.topk_ids[5:] = first_expert + batch.topk_ids[5:] % num_local
+    batch.topk_ids[5, 0], batch.topk_ids[6, 0], batch.topk_ids[7] = num_experts - 1, first_expert, num_experts
+    y = rig.run(batch)
+    assert_layers_agree(y, rig.reference(batch), MAX_END_TO_END, MIN_COSINE)
+    assert y[5].any() and y[6].any() and not y[7].any()
 
 
 def test_rows_beyond_num_valid_tokens_are_masked(rigs, seed):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hopper_moe.kernels.benchmarks.ranks import run_on_ranks, start_on_ranks
+from hopper_moe.quantization.layout import MAX_LOCAL_EXPERTS
 
 pytestmark = pytest.mark.gpu
 NUM_RANKS = [n for n in (2, 4, 8) if n <= torch.cuda.device_count()] or [2]
@@ -30,9 +31,17 @@ def bits(num_ranks: int, name: str, seed: int) -> list[dict[str, bool]]:
 @pytest.mark.parametrize("name", ranks.OPTIONS)
 def test_bits_of_one_rank(num_ranks, name, seed):
     found = bits(num_ranks, name, seed)
-    assert len(found[0]) == len(ranks.SCENARIOS) + 1
+    assert len(found[0]) == len(ranks.SCENARIOS)
     wrong = [f"rank {rank}: {case}" for rank, cases in enumerate(found) for case, good in cases.items() if not good]
     assert not wrong, f"other bits than one rank alone: {wrong}"
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("num_experts, num_logical", [(384 + 64, 384), (1024, 256)])
+def test_more_experts_than_one_rank_holds(num_ranks, num_experts, num_logical, seed):
+    if num_experts // num_ranks > MAX_LOCAL_EXPERTS:
+        pytest.skip(f"{num_experts} experts need more than {num_ranks} ranks")
+    assert run_on_ranks(num_ranks, ranks.same_bits_of_copies, seed, num_experts, num_logical) == [[True] * 3] * num_ranks
 
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)

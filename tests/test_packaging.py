@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import site
 import subprocess
@@ -12,10 +13,20 @@ from pathlib import Path
 
 import pytest
 
+from hopper_moe.kernels import jit, workspace
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("moe_backends", "quantization", "kernels", "eval", "launch")
 HEAVY = ("sglang", "transformers", "accelerate", "fastapi", "sgl_eval", "flashinfer")
 UV = Path(sys.executable).with_name("uv")
+
+
+def _is_shipped(path: Path) -> bool:
+    """What was measured, recipes, and pages about a sub-package, stay in the repository."""
+    parts = path.relative_to(ROOT).parts
+    measured = "results" in parts or (path.parent.name == "accuracy_table" and path.suffix != ".py")
+    page = path.name == "README.md" and len(parts) > 2 and "data" not in parts
+    return not measured and not page and "recipes" not in parts
 
 
 def _source_files() -> list[str]:
@@ -24,7 +35,7 @@ def _source_files() -> list[str]:
         str(path.relative_to(ROOT))
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".") and _is_shipped(path)
     )
 
 
@@ -32,7 +43,7 @@ def _source_files() -> list[str]:
 def source(tmp_path_factory) -> Path:
     """A copy of the tree, so that building leaves nothing in the checkout and finds nothing of earlier builds."""
     copy = tmp_path_factory.mktemp("source")
-    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*FOLDERS, "pyproject.toml", "setup.py", "README.md", "LICENSE"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
@@ -40,13 +51,16 @@ def source(tmp_path_factory) -> Path:
     return copy
 
 
-@pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
+def _build_wheel(source: Path, out: Path) -> Path:
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source], check=True, capture_output=True
     )
     return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return _build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
 def _environment(folder: Path, install: list[str], without: tuple[str, ...] = ()) -> Path:
@@ -134,7 +148,7 @@ def test_entry_points(environment, request, tmp_path):
         "print([p.value for p in plugin], m.version('sglang-hopper-moe'))"
     )
     done = _run(python, code, tmp_path)
-    assert done.stdout.split() == ["['hopper_moe.moe_backends.plugin:register']", "0.1.0"], done.stderr
+    assert done.stdout.split() == ["['hopper_moe.moe_backends.sglang.plugin:register']", "0.1.0"], done.stderr
     shown = subprocess.run(
         [python.with_name("hopper-moe"), "--version"], capture_output=True, text=True, cwd=tmp_path, check=True
     )
@@ -142,12 +156,9 @@ def test_entry_points(environment, request, tmp_path):
 
 
 def test_help_imports_neither_torch_nor_sglang(wheel_python, tmp_path):
-    code = (
-        "import sys; from hopper_moe.launch.cli import main\n"
-        "main(['--help'], standalone_mode=False)\n"
-        "sys.exit(', '.join({'torch', 'sglang', 'transformers', 'numpy'} & set(sys.modules)) or None)"
-    )
-    done = _run(wheel_python, code, tmp_path)
+    shows_help = "import sys; from hopper_moe.launch.cli import main; main(['--help'], standalone_mode=False); "
+    names_imports = "sys.exit(', '.join({'torch', 'sglang', 'transformers', 'numpy'} & set(sys.modules)) or None)"
+    done = _run(wheel_python, shows_help + names_imports, tmp_path)
     assert done.returncode == 0, f"help imported {done.stderr}"
     assert all(name in done.stdout for name in ("serve", "demo", "doctor", "env", "eval", "checkpoint", "kernels"))
 
@@ -170,3 +181,25 @@ def test_works_without_any_extra(light_python, tmp_path):
     assert (
         shown.stdout.strip().splitlines()[-1] == "Ready. Works here: `hopper-moe checkpoint`, the reference kernel from Python."
     )
+
+
+def test_a_wheel_with_compiled_kernels_is_tagged_and_serves_without_a_compiler(source, wheel, prebuilt, tmp_path):
+    """What `make wheel-cubins` makes, in an environment whose PATH is empty. The plain wheel stays pure."""
+    assert wheel.name.endswith("-py3-none-any.whl")
+    copy = shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    for library in jit.LIBRARIES.values():
+        path = jit.path_in(prebuilt, library)
+        shutil.copytree(path.parent, copy / "kernels" / "prebuilt" / path.parent.name)
+    carrying = _build_wheel(copy, tmp_path / "out")
+    assert carrying.name.endswith(f"-py3-none-linux_{platform.machine()}.whl")
+    python = _environment(tmp_path / "venv", [str(carrying)])
+    code = (
+        "from hopper_moe.kernels import jit\n"
+        "for name, library in jit.LIBRARIES.items():\n"
+        "    assert jit.find(library).is_relative_to(jit.PREBUILT_DIR)\n"
+        "    print(len(jit.load(name)['workspace_layout']([4096, 2048, 6, 256, 32, 64, 8, 2, 512, 4096, 1, 1])))"
+    )
+    environ = {"PATH": "", "CUDA_HOME": "/nonexistent", "HOME": str(tmp_path / "home")}
+    done = subprocess.run([python, "-c", code], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == [str(len(workspace.WORKSPACE_FIELDS))] * len(jit.LIBRARIES), done.stderr
+    assert not (tmp_path / "home").exists()

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization import layout
+from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.exactness import check_exact
-from hopper_moe.quantization.packing import PackedExperts, interleave_rows, pack_experts, unpack_experts
+from hopper_moe.quantization.packing import PackedExperts, WidePackedExperts, interleave_rows, pack_experts, unpack_experts
 
 # Every shape of the kernel design: (hidden_size, intermediate_size, experts that make 10,000 rows or more).
 SHAPES = {"flash": (4096, 2048, 2), "pro": (7168, 3072, 1), "v3_like": (7168, 2048, 1), "v4_1_flash": (5120, 2304, 2)}
@@ -101,6 +101,7 @@ def test_lane_of_a_wgmma_meets_one_block_of_a_row():
         assert [k_at[position] for position in read] == list(range(32 * lane, 32 * lane + 32))
 
 
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_round_trip_of_10000_rows_is_bit_exact(shape, generator):
     hidden_size, intermediate_size, num_experts = SHAPES[shape]
@@ -142,32 +143,59 @@ def test_row_at_the_edge_of_exactness_packs_and_one_step_beyond_is_refused(gener
     w13_scale = layer[1]
     w13_scale[1, 7] = 100
     w13_scale[1, 7, 3] = 111
-    assert check_exact(w13_scale, layer[3]).is_exact
-    for given, back in zip(layer, unpack_experts(pack_experts(*layer)), strict=True):
+    layer[0][1, [7, 9], ::16] = 0x71  # a .5 and a 6 in every group, so that none can be moved
+    packed = pack_experts(*layer)
+    assert type(packed) is PackedExperts
+    for given, back in zip(layer, unpack_experts(packed), strict=True):
         assert torch.equal(given, back)
     w13_scale[1, 7, 3] = 112
     w13_scale[1, 9] = 20
-    w13_scale[1, 9, 1] = 60
-    report = check_exact(w13_scale, layer[3])
-    assert (report.num_inexact_rows, report.worst_span, report.has_nan) == (2, 40, False)
-    with pytest.raises(Refusal, match=r"w13 expert 1: the scales of 2 rows span up to 40 .* above the 11 "):
+    w13_scale[1, 9, 1] = 48
+    packed = pack_experts(*layer)
+    assert type(packed) is WidePackedExperts
+    for given, back in zip(layer, unpack_experts(packed), strict=True):
+        assert torch.equal(given, back)
+    w13_scale[1, 7, 3] = 140
+    w13_scale[1, 9, 1] = 49
+    report = check_exact(*layer)
+    assert (report.num_inexact_rows, report.inexact[0].worst_span, report.has_nan) == (2, 40, False)
+    with pytest.raises(Refusal, match=r"w13 expert 1: the scales of 2 rows span up to 40 .* above the 28 .*ROWS=round"):
         pack_experts(*layer)
 
 
-def test_large_base_and_nan_scale_are_refused(generator):
+@pytest.mark.parametrize("experts_type", [PackedExperts, WidePackedExperts])
+def test_large_scales_come_back(generator, experts_type):
+    """The factor of a row of such scales would be no FP32 number: the base stays below them."""
+    layer = random_layer(2, 128, 128, generator)
+    layer[3][0, 5] = 254
+    layer[3][1, 6, 1:] = torch.tensor([250, 254, 252])
+    layer[3][1, 6, 0] = 253
+    packed = pack_experts(*layer, experts_type)
+    assert packed.w2_base[0, 5] == packed.w2_base[1, 6] == experts_type.limits.max_base
+    for given, back in zip(layer, unpack_experts(packed), strict=True):
+        assert torch.equal(given, back)
+
+
+def test_nan_scales_are_refused(generator):
     layer = random_layer(2, 128, 128, generator)
     w2_scale = layer[3]
-    w2_scale[0, 5] = 249
-    assert check_exact(layer[1], w2_scale).is_exact
-    w2_scale[0, 5] = 250
-    with pytest.raises(Refusal, match=r"w2 expert 0: the smallest scale byte of 1 rows is up to 250, above the 249"):
-        pack_experts(*layer)
     w2_scale[1, 2, 1] = 255
     w2_scale[1, 3] = 255
-    report = check_exact(layer[1], w2_scale)
-    assert report.has_nan
+    report = check_exact(*layer)
+    assert report.has_nan and report.num_rows == 2 * 384
     with pytest.raises(Refusal, match=r"layers\.3\.w2 expert 1: 5 scale bytes are 255 \(NaN\)"):
         report.require_exact("layers.3")
+    with pytest.raises(Refusal, match="NaN"):
+        pack_experts(*layer, may_round=True)
+
+
+def test_a_format_that_does_not_hold_a_layer_is_the_callers_mistake(generator):
+    layer = random_layer(1, 128, 128, generator)
+    layer[0][0, 3, ::16] = 0x71
+    layer[1][0, 3] = torch.tensor([100, 112, 100, 100], dtype=torch.uint8)
+    with pytest.raises(ValueError, match="PackedExperts cannot hold: pack them as WidePackedExperts"):
+        pack_experts(*layer, PackedExperts)
+    assert type(pack_experts(*layer, WidePackedExperts)) is WidePackedExperts
 
 
 @pytest.mark.parametrize(
@@ -184,7 +212,7 @@ def test_large_base_and_nan_scale_are_refused(generator):
 def test_tensors_that_do_not_belong_together_are_refused(change, sentence, generator):
     tensors = dict(zip(("w13", "w13_scale", "w2", "w2_scale"), random_layer(2, 128, 128, generator), strict=True))
     change(tensors)
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         pack_experts(**tensors)
 
 
@@ -192,7 +220,7 @@ def test_sizes_that_are_no_multiple_of_128_are_refused(generator):
     with pytest.raises(Refusal, match="intermediate_size 64 is not a positive multiple of 128"):
         pack_experts(*random_layer(1, 128, 64, generator))
     packed = pack_experts(*random_layer(1, 128, 128, generator))
-    with pytest.raises(Refusal, match=r"w2_packed is torch.int8 \[1, 1, 1, 2, 4352\], not a contiguous torch.uint8"):
+    with pytest.raises(ValueError, match=r"w2_packed is torch.int8 \[1, 1, 1, 2, 4352\], not a contiguous torch.uint8"):
         PackedExperts(packed.w13_packed, packed.w13_base, packed.w2_packed.view(torch.int8), packed.w2_base)
 
 
@@ -204,6 +232,9 @@ def test_defines_hold_the_contract_numbers():
         "H_GROUP": 128,
         "MAX_DELTA": 11,
         "MAX_BASE": 249,
+        "WIDE_MAX_DELTA": 28,
+        "WIDE_BASE_SHIFT": 15,
+        "WIDE_MAX_BASE": 239,
     }
     defines = layout.as_defines()
     assert wanted.items() <= defines.items()

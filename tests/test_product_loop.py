@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from hopper_moe.kernels.benchmarks import product_loop
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.quantization.errors import Refusal
 
-NUM_KERNELS = {"fp4": 9, "fp8": 6}  # loop, loop and copies, copies; of L1, of pairs (FP4) and of L2
+NUM_KERNELS = {"fp4": 9, "fp4_wide": 9, "fp8": 6}  # loop, loop and copies, copies; of L1, of pairs (FP4) and of L2
 SPILLED = re.compile(r"(\d+) bytes spill stores")
 
 

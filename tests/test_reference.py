@@ -11,7 +11,6 @@ from layer_data import Layer, make_layer
 from hopper_moe.kernels import reference
 from hopper_moe.kernels.reference_stages import HiddenStage, combine_slots, expert_hidden, expert_slots
 from hopper_moe.kernels.reference_weights import Fp8BlockExperts, Mxfp4Experts
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.codecs import (
     decode_ue8m0,
     dequantize_activations,
@@ -19,6 +18,7 @@ from hopper_moe.quantization.codecs import (
     dequantize_mxfp4,
     quantize_fp8_blocks,
 )
+from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.packing import pack_experts
 
 LIMIT, FACTOR = 2.0, 1.5
@@ -148,8 +148,30 @@ def test_stages_put_together_are_the_layer_and_take_foreign_intermediates(seed):
 
 
 def test_float32_sums_stay_within_the_kernel_bounds(seed):
+    """FP32 sums are off by about 1e-6, so a BF16 value of h becomes its neighbour once in 2,000 or so. That seldom shows in E4M3,
+    unless it is the largest of its group: then the scale moves by 2**-8, and one byte in 16 of the group's 128 becomes its
+    neighbour. Such groups alone make up to 1.2e-3 of the layer's L2, so h is compared by itself, and the rest from one h.
+
+    Bounds: either h is rounded to BF16 (2**-9 and the sum's error, within 2**-8 together) and to E4M3 (2**-4), so two are at most
+    2 * (2**-4 + 2**-8) of the value apart, and one step of the group's smallest numbers. Nearly every byte is equal; sums in BF16
+    would change 17 %.
+    """
     layer = make_layer(seed, num_tokens=32, hidden_size=1024, intermediate_size=512)
-    assert_layers_agree(run(layer, compute_dtype=torch.float32), run(layer))
+    tokens, experts, options = dispatch(layer, slice(None)), layer.rank_experts(1), {"num_experts": 4}
+    (h32,), (h64,) = (
+        expert_hidden([tokens], experts, swiglu_limit=LIMIT, compute_dtype=dtype, **options)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert (h32.hq.view(torch.uint8) != h64.hq.view(torch.uint8)).double().mean() < 0.01
+    values32, values64 = (h.hq.double().unflatten(-1, (4, 128)) * h.h_scale.double()[..., None] for h in (h32, h64))
+    smallest = h64.h_scale.double()[..., None] * 2**-9
+    assert ((values32 - values64).abs() <= 2 * (2**-4 + 2**-8) * values64.abs() / (1 - 2**-4) + smallest).all()
+    y32, y64 = (
+        combine_slots(expert_slots([tokens], [h64], experts, compute_dtype=dtype, **options)[0], tokens.topk_ids)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_layers_agree(y32, y64)
+    assert torch.equal(y64, run(layer))
 
 
 def test_errors_against_the_layer_without_activation_rounding(seed):
@@ -217,7 +239,7 @@ def test_fp8_experts_with_block_scales(seed):
                 (tokens.topk_weights[t, k].double() * (dequantize_fp8_blocks(q2[e], s2[e]) @ hq)).float().bfloat16().float()
             )
     assert_layers_agree(got, want.bfloat16(), max_relative_l2=1e-4)
-    with pytest.raises(Refusal, match="rank 0 holds Mxfp4Experts, but fp8_mega needs FP8 experts"):
+    with pytest.raises(ValueError, match="rank 0 holds Mxfp4Experts, but fp8_mega needs FP8 experts"):
         reference.fp8_mega([tokens], layer.rank_experts(1), num_experts=4, swiglu_limit=LIMIT)
 
 
@@ -248,18 +270,18 @@ def test_layers_that_do_not_fit_together_are_refused(seed):
     def mega(inputs, shards, num_experts=4):
         return reference.mega_moe(inputs, shards, num_experts=num_experts, swiglu_limit=LIMIT)
 
-    with pytest.raises(Refusal, match="1 ranks of tokens and 2 ranks of experts"):
+    with pytest.raises(ValueError, match="1 ranks of tokens and 2 ranks of experts"):
         mega([tokens], experts)
-    with pytest.raises(Refusal, match=r"ranks hold \[2, 2\] experts, which are not equal shares of num_experts 8"):
+    with pytest.raises(ValueError, match=r"ranks hold \[2, 2\] experts, which are not equal shares of num_experts 8"):
         mega([tokens, tokens], experts, num_experts=8)
     other = make_layer(seed, hidden_size=256)
-    with pytest.raises(Refusal, match="tokens of 256 features were given to experts of hidden_size 640"):
+    with pytest.raises(ValueError, match="tokens of 256 features were given to experts of hidden_size 640"):
         mega([dispatch(other, slice(None))], layer.rank_experts(1))
     tokens_of_groups = replace(tokens, x_scale=tokens.x_scale.repeat(1, 2))
-    with pytest.raises(Refusal, match=r"x_scale is \[\d+, 2\], but a token has one scale"):
+    with pytest.raises(ValueError, match=r"x_scale is \[\d+, 2\], but a token has one scale"):
         mega([tokens_of_groups] * len(experts), experts)
     layer.topk_ids[3, 2] = 4
-    with pytest.raises(Refusal, match="rank 1 routes a token to expert 4, above the last expert 3"):
+    with pytest.raises(ValueError, match="rank 1 routes a token to expert 4, above the last expert 3"):
         mega([tokens, dispatch(layer, slice(None))], experts)
 
 
@@ -277,7 +299,7 @@ def test_experts_that_no_kernel_may_serve_are_refused(seed):
     assert blocks(128).num_experts == 2
     with pytest.raises(Refusal, match="intermediate_size 64 is not a multiple of 128"):
         blocks(64)
-    with pytest.raises(Refusal, match=r"w13 is torch.float8_e4m3fn \[2, 384, 256\], not float8_e4m3fn \[2, 256, 256\]"):
+    with pytest.raises(ValueError, match=r"w13 is torch.float8_e4m3fn \[2, 384, 256\], not float8_e4m3fn \[2, 256, 256\]"):
         blocks(128, rows=384)
-    with pytest.raises(Refusal, match=r"w13_scale is torch.uint8 \[2, 2, 2\], not float32 \[2, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"w13_scale is torch.uint8 \[2, 2, 2\], not float32 \[2, 2, 2\]"):
         blocks(128, torch.uint8)

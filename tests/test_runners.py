@@ -11,10 +11,11 @@ from layer_data import Layer, make_layer
 
 from hopper_moe.kernels import reference
 from hopper_moe.kernels.reference_weights import Mxfp4Experts
-from hopper_moe.moe_backends.base import ExpertShard
-from hopper_moe.moe_backends.errors import Refusal
+from hopper_moe.kernels.shard import ExpertShard
 from hopper_moe.moe_backends.registry import create_runner
-from hopper_moe.quantization.sglang_loading import CHECKPOINT_PARAMETERS, PACKED_PARAMETERS, pack_layer
+from hopper_moe.quantization.errors import Refusal
+from hopper_moe.quantization.sglang_checks import CHECKPOINT_PARAMETERS
+from hopper_moe.quantization.sglang_loading import PACKED_PARAMETERS, pack_layer
 
 LIMIT = 2.0
 ROUNDING = 0.1  # relative error that E4M3 activations may make; 0.05 is usual

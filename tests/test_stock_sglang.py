@@ -1,4 +1,4 @@
-"""Runs `tests/stock_sglang` in one process per SGLang version, and SGLang without our plugin in another."""
+"""Runs `tests/stock_sglang` in a process of its own, and SGLang without our plugin in another."""
 
 from __future__ import annotations
 
@@ -12,17 +12,8 @@ import xml.etree.ElementTree as ElementTree
 from importlib.metadata import distribution
 from pathlib import Path
 
-import pytest
-
 HERE = Path(__file__).resolve().parent / "stock_sglang"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hopper_moe_tests"
-UV = Path(sys.executable).with_name("uv")
-
-# 0.5.17 as its own metadata pins it, as far as importing it needs; torch and the rest are this environment's.
-OLD = ("sglang==0.5.17", "transformers==5.12.1", "tokenizers==0.22.2")
-
-# (version, tests that must have run at least): nothing may be skipped away.
-SUITES = [("0.5.23", 120), ("0.5.17", 16)]
+AT_LEAST = 120  # tests that must have run: nothing may be skipped away
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -34,35 +25,25 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"} | changes
 
 
-def old_sglang() -> Path:
-    """The 0.5.17 wheel in a folder of its own, downloaded once. Fails without it."""
-    folder = CACHE / "-".join(name.replace("==", "_") for name in OLD)
-    if not (folder / "complete").exists():
-        subprocess.run(
-            [UV, "pip", "install", "--quiet", "--python", sys.executable, "--target", folder, "--no-deps", *OLD], check=True
-        )
-        (folder / "complete").touch()
-    return folder
-
-
-@pytest.mark.parametrize(("version", "at_least"), SUITES, ids=[version for version, _ in SUITES])
-def test_in_stock_sglang(version, at_least, tmp_path):
-    path = [str(HERE)] + ([str(old_sglang())] if version == "0.5.17" else [])
+def test_in_stock_sglang(seed_block, pytestconfig, tmp_path):
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", f"--junitxml={report}", str(HERE)]
+    if many := pytestconfig.getoption("seeds"):
+        command += [f"--first-seed={seed_block[0]}", f"--seeds={len(seed_block)}"]
+    if count := pytestconfig.getoption("cases"):
+        command += [f"--cases={count}"]
     run = subprocess.run(
         command,
         cwd=HERE,
-        env=environment(STOCK_SGLANG=version, PYTHONPATH=os.pathsep.join(path)),
+        env=environment(STOCK_SGLANG="1", PYTHONPATH=os.pathsep.join((str(HERE), str(HERE.parent)))),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=7200 if many else 600,
     )
     suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
     assert run.returncode == 0 and suite is not None, run.stdout[-8000:] + run.stderr[-2000:]
     counts = {name: int(suite.get(name)) for name in ("tests", "skipped", "failures", "errors")}
-    assert counts["tests"] >= at_least and not counts["skipped"], counts
-    print(f"SGLang {version}: {counts}")
+    assert counts["tests"] >= (len(seed_block) if many else AT_LEAST) and not counts["skipped"], counts
 
 
 def test_without_the_plugin_everything_refuses(tmp_path):
@@ -72,7 +53,9 @@ def test_without_the_plugin_everything_refuses(tmp_path):
     model = stock.write_model(tmp_path / "model")
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "without_plugin.py"), str(model)],
-        env=environment(STOCK_SGLANG="0.5.23", SGLANG_PLUGINS="somebody_elses", PYTHONPATH=str(HERE)),
+        env=environment(
+            STOCK_SGLANG="1", SGLANG_PLUGINS="somebody_elses", PYTHONPATH=os.pathsep.join((str(HERE), str(HERE.parent)))
+        ),
         capture_output=True,
         text=True,
         timeout=300,

@@ -9,8 +9,8 @@ import torch
 from layer_compare import relative_l2
 from merge_check import check
 
+from hopper_moe.eval.layer_bench.contenders import fill
 from hopper_moe.kernels import reference
-from hopper_moe.kernels.benchmarks.contenders import fill
 from hopper_moe.kernels.benchmarks.workload import SHAPES, gaussian_checkpoint, random_routing, random_tokens
 from hopper_moe.kernels.reference_weights import Mxfp4Experts
 from hopper_moe.kernels.w4a16 import W4A16

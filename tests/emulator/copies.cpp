@@ -6,7 +6,8 @@
 namespace emulator {
 
 void Machine::start(Copy copy) {
-  if (copy.num_bytes % 16 || copy.shared % 16 || reinterpret_cast<uintptr_t>(copy.global) % 16) fail("a bulk copy that is not of aligned 16 bytes");
+  if (copy.num_bytes % 16 || copy.shared % 16 || reinterpret_cast<uintptr_t>(copy.global) % 16)
+    fail("a bulk copy that is not of aligned 16 bytes");
   const uint8_t* shared = copy.cta->at(copy.shared, copy.num_bytes);
   if (races()) {
     const auto begin = [&](Engine engine) {

@@ -5,7 +5,9 @@
 
 namespace {
 
-void delay(int64_t stream, int64_t num_steps) { emulator::Machine::get().delay(stream, static_cast<uint64_t>(num_steps)); }
+void delay(int64_t stream, int64_t num_steps) {
+  emulator::Machine::get().delay(stream, static_cast<uint64_t>(num_steps));
+}
 
 void look_for_races(int64_t global, int64_t num_bytes) {
   emulator::Machine::get().look_for_races(reinterpret_cast<const uint8_t*>(global), static_cast<size_t>(num_bytes));

@@ -15,12 +15,12 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr uint64_t kStackCanary = 0x5ca1ab1e0ddba11ull;   // at the end that a stack grows to
+constexpr uint64_t kStackCanary = 0x5ca1ab1e0ddba11ull;  // at the end that a stack grows to
 constexpr int kStepsBetweenStarts = 64;
-constexpr int kSleepSteps = 64;   // one of so many steps wakes somebody who sleeps
-constexpr int kSlowStreams = 8;   // a thread of a slow stream is passed over so often
-constexpr uint32_t kCopyPaces[] = {1, 8, 256};   // a copy's turn comes so much more rarely than a thread's
-constexpr size_t kCompetitors = 256;   // with more threads it does not become rarer still
+constexpr int kSleepSteps = 64;                 // one of so many steps wakes somebody who sleeps
+constexpr int kSlowStreams = 8;                 // a thread of a slow stream is passed over so often
+constexpr uint32_t kCopyPaces[] = {1, 8, 256};  // a copy's turn comes so much more rarely than a thread's
+constexpr size_t kCompetitors = 256;            // with more threads it does not become rarer still
 
 // Stacks of whole CTAs, used again.
 std::map<size_t, std::vector<char*>> free_stacks;
@@ -29,7 +29,8 @@ char* take_stacks(size_t num_threads) {
   auto& free = free_stacks[num_threads];
   char* stacks;
   if (free.empty()) {
-    void* memory = mmap(nullptr, num_threads * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(nullptr, num_threads * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stacks of a CTA");
     stacks = static_cast<char*>(memory);
   } else {
@@ -45,8 +46,14 @@ bool overflowed(const char* stack) { return std::memcmp(stack, &kStackCanary, si
 }  // namespace
 
 Cta::Cta(Grid& grid, unsigned index, Pool& pool)
-    : grid(grid), index(index), allocation(grid.shared_bytes + 1024, 0xFF), fibers(grid.num_threads), warps(grid.num_threads / kWarpSize),
-      warpgroups((grid.num_threads + kWarpgroupSize - 1) / kWarpgroupSize), num_running(grid.num_threads), stacks(take_stacks(grid.num_threads)) {
+    : grid(grid),
+      index(index),
+      allocation(grid.shared_bytes + 1024, 0xFF),
+      fibers(grid.num_threads),
+      warps(grid.num_threads / kWarpSize),
+      warpgroups((grid.num_threads + kWarpgroupSize - 1) / kWarpgroupSize),
+      num_running(grid.num_threads),
+      stacks(take_stacks(grid.num_threads)) {
   shared = allocation.data() + (1024 - reinterpret_cast<uintptr_t>(allocation.data()) % 1024) % 1024;
   for (unsigned i = 0; i < grid.num_threads; ++i) {
     Fiber& fiber = fibers[i];
@@ -62,17 +69,18 @@ Cta::Cta(Grid& grid, unsigned index, Pool& pool)
 Cta::~Cta() { free_stacks[fibers.size()].push_back(stacks); }
 
 uint8_t* Cta::at(uint32_t address, size_t num_bytes) const {
-  if (address < kSharedBegin || address - kSharedBegin + num_bytes > grid.shared_bytes) Machine::get().fail("access outside of shared memory");
+  if (address < kSharedBegin || address - kSharedBegin + num_bytes > grid.shared_bytes)
+    Machine::get().fail("access outside of shared memory");
   return shared + (address - kSharedBegin);
 }
 
 uint32_t shared_address(const void* pointer) {
   const Cta& cta = *Machine::get().current().cta;
   const auto offset = static_cast<const uint8_t*>(pointer) - cta.shared;
-  if (offset < 0 || static_cast<size_t>(offset) >= cta.grid.shared_bytes) Machine::get().fail("not an address in shared memory");
+  if (offset < 0 || static_cast<size_t>(offset) >= cta.grid.shared_bytes)
+    Machine::get().fail("not an address in shared memory");
   return kSharedBegin + static_cast<uint32_t>(offset);
 }
-
 
 Machine& Machine::get() {
   static Machine machine;
@@ -148,12 +156,13 @@ void Machine::start_work() {
         run_alone(*work.grid);
       } else {
         work.grid->num_running = work.grid->num_ctas;
-        for (unsigned i = 0; i < work.grid->num_ctas; ++i) work.grid->ctas.push_back(std::make_unique<Cta>(*work.grid, i, pool_));
+        for (unsigned i = 0; i < work.grid->num_ctas; ++i)
+          work.grid->ctas.push_back(std::make_unique<Cta>(*work.grid, i, pool_));
       }
     }
     ++it;
   }
-  ++num_steps_;   // delays end although nobody runs
+  ++num_steps_;  // delays end although nobody runs
 }
 
 void Machine::run_alone(Grid& grid) {
@@ -264,8 +273,8 @@ void Machine::trap() {
 void Machine::fail(const std::string& why) {
   if (!current_) throw std::runtime_error(why);
   if (error_.empty()) {
-    error_ = why + " (thread " + std::to_string(current_->thread) + " of CTA " + std::to_string(current_->cta->index) + " on stream " +
-             std::to_string(current_->cta->grid.stream) + ")";
+    error_ = why + " (thread " + std::to_string(current_->thread) + " of CTA " + std::to_string(current_->cta->index) +
+             " on stream " + std::to_string(current_->cta->grid.stream) + ")";
   }
   leave();
 }
@@ -280,15 +289,19 @@ void Machine::end_thread(Fiber& fiber) {
   Grid& grid = cta.grid;
   --grid.num_running;
   if (cta.fibers.front().pool == &pool_) {
-    const auto its = std::find_if(grid.ctas.begin(), grid.ctas.end(), [&](const auto& other) { return other.get() == &cta; });
+    const auto its =
+        std::find_if(grid.ctas.begin(), grid.ctas.end(), [&](const auto& other) { return other.get() == &cta; });
     grid.ctas.erase(its);
   }
 }
 
 void Machine::end_stream(int64_t stream) {
   const auto is_its = [&](const Fiber* fiber) { return fiber->cta->grid.stream == stream; };
-  for (auto* fibers : {&pool_.ready, &pool_.asleep}) fibers->erase(std::remove_if(fibers->begin(), fibers->end(), is_its), fibers->end());
-  copies_.erase(std::remove_if(copies_.begin(), copies_.end(), [&](const Copy& copy) { return copy.cta->grid.stream == stream; }), copies_.end());
+  for (auto* fibers : {&pool_.ready, &pool_.asleep})
+    fibers->erase(std::remove_if(fibers->begin(), fibers->end(), is_its), fibers->end());
+  copies_.erase(
+      std::remove_if(copies_.begin(), copies_.end(), [&](const Copy& copy) { return copy.cta->grid.stream == stream; }),
+      copies_.end());
   streams_.erase(stream);
 }
 
@@ -299,8 +312,8 @@ std::string Machine::who_waits() const {
     for (const auto& cta : queue.front().grid->ctas) {
       for (const Fiber& fiber : cta->fibers) {
         if (!fiber.waits_for) continue;
-        ++counts["stream " + std::to_string(stream) + " CTA " + std::to_string(cta->index) + " warp " + std::to_string(fiber.thread / kWarpSize) + " in " +
-                 fiber.waits_for];
+        ++counts["stream " + std::to_string(stream) + " CTA " + std::to_string(cta->index) + " warp " +
+                 std::to_string(fiber.thread / kWarpSize) + " in " + fiber.waits_for];
       }
     }
   }

@@ -19,7 +19,8 @@ void order_all(const Fibers& fibers) {
 
 }  // namespace
 
-void meet(uint32_t mask, const char* what, void* mine, void (*complete)(void* const* lanes, uint32_t mask), bool orders_memory) {
+void meet(uint32_t mask, const char* what, void* mine, void (*complete)(void* const* lanes, uint32_t mask),
+          bool orders_memory) {
   Machine& machine = Machine::get();
   Fiber& fiber = machine.current();
   Warp& warp = fiber.cta->warp_of(fiber);
@@ -62,18 +63,28 @@ void sync_threads() {
   machine.yield();
 }
 
+void sync_warp(int barrier) {
+  Cta& cta = *me().cta;
+  const Warp* warp = &cta.warp_of(me());
+  if (barrier < 1 || barrier > 15) Machine::get().fail("no named barrier that is free: " + std::to_string(barrier));
+  if (cta.warp_barriers.emplace(barrier, warp).first->second != warp)
+    Machine::get().fail("two warps use one named barrier of 32 threads");
+  meet(~0u, "barrier.sync", nullptr, [](void* const*, uint32_t) {}, true);
+}
+
 namespace {
 
 struct Barrier {
   uint64_t phase : 1, num_arrivals : 20, num_pending : 20;
-  int64_t num_bytes : 22;   // announced and not yet completed
+  int64_t num_bytes : 22;  // announced and not yet completed
 };
 static_assert(sizeof(Barrier) == 8);
 
 Barrier load_barrier(const Cta& cta, uint32_t address) {
   Barrier barrier;
   std::memcpy(&barrier, cta.at(address, sizeof barrier), sizeof barrier);
-  if (address % 8 || barrier.num_arrivals == 0 || barrier.num_pending > barrier.num_arrivals) Machine::get().fail("not a barrier");
+  if (address % 8 || barrier.num_arrivals == 0 || barrier.num_pending > barrier.num_arrivals)
+    Machine::get().fail("not a barrier");
   return barrier;
 }
 
@@ -108,7 +119,8 @@ void barrier_arrive(uint32_t address, uint32_t num_bytes) {
   barrier.num_bytes += num_bytes;
   --barrier.num_pending;
   const Fiber& fiber = me();
-  if (Races* races = Machine::get().races()) races->release(fiber.cta->agent(fiber), fiber.cta->barrier_clocks[address].gathered);
+  if (Races* races = Machine::get().races())
+    races->release(fiber.cta->agent(fiber), fiber.cta->barrier_clocks[address].gathered);
   store_barrier(my_cta(), address, barrier);
 }
 
@@ -121,7 +133,8 @@ void barrier_complete_bytes(Cta& cta, uint32_t address, uint32_t num_bytes) {
 bool barrier_passed(uint32_t address, uint32_t parity) {
   if (load_barrier(my_cta(), address).phase == parity) return false;
   const Fiber& fiber = me();
-  if (Races* races = Machine::get().races()) races->acquire(fiber.cta->agent(fiber), fiber.cta->barrier_clocks[address].passed);
+  if (Races* races = Machine::get().races())
+    races->acquire(fiber.cta->agent(fiber), fiber.cta->barrier_clocks[address].passed);
   return true;
 }
 

@@ -32,17 +32,20 @@ void read_row(const Cta& cta, uint64_t descriptor, int row, float (&values)[kK])
 void access_tile(uint64_t descriptor, int num_rows, const Access& by) {
   Machine& machine = Machine::get();
   for (int row = 0; row < num_rows; ++row) {
-    for (int k = 0; k < kK; k += 16) machine.access(chunk_of(*machine.current().cta, descriptor, row, k), 16, false, by);
+    for (int k = 0; k < kK; k += 16)
+      machine.access(chunk_of(*machine.current().cta, descriptor, row, k), 16, false, by);
   }
 }
 
 // Rows r and r + 8 of a warp's 16 belong to lanes 4 r .. 4 r + 3; lane q of these has k = 4 q .. + 3 and 16 further.
 void read_fragments(const Multiply& multiply, float (&a)[kRows][kK]) {
+  const auto value = multiply.is_e5m2 ? from_e5m2 : from_e4m3;
   for (int thread = 0; thread < kWarpgroupSize; ++thread) {
     const int row = thread / kWarpSize * 16 + thread % kWarpSize / 4, k = thread % 4 * 4;
     for (int i = 0; i < 4; ++i) {
       for (int byte = 0; byte < 4; ++byte) {
-        a[row + i % 2 * 8][k + i / 2 * 16 + byte] = from_e4m3(static_cast<uint8_t>(multiply.lanes[thread].a[i] >> 8 * byte));
+        a[row + i % 2 * 8][k + i / 2 * 16 + byte] =
+            value(static_cast<uint8_t>(multiply.lanes[thread].a[i] >> 8 * byte));
       }
     }
   }
@@ -85,12 +88,13 @@ void execute(Cta& cta, int first_thread, const Multiply& multiply) {
 
 }  // namespace
 
-void issue_multiply(int n, bool begins, float* sums, const uint32_t* a, uint64_t a_tile, uint64_t b_tile) {
+void issue_multiply(int n, bool begins, bool is_e5m2, float* sums, const uint32_t* a, uint64_t a_tile,
+                    uint64_t b_tile) {
   Machine& machine = Machine::get();
   Fiber& fiber = machine.current();
   Warpgroup& warpgroup = fiber.cta->warpgroup_of(fiber);
   const size_t place = fiber.num_multiplies++ - warpgroup.num_done;
-  if (place == warpgroup.queue.size()) warpgroup.queue.push_back({n, begins, a_tile, b_tile, {}, 0});
+  if (place == warpgroup.queue.size()) warpgroup.queue.push_back({n, begins, is_e5m2, a_tile, b_tile, {}, 0});
   Multiply& multiply = warpgroup.queue[place];
   if (multiply.n != n || multiply.begins != begins || multiply.a_tile != a_tile || multiply.b_tile != b_tile) {
     machine.fail("threads of a warpgroup issue different multiplies");
@@ -140,16 +144,32 @@ void wait_multiplies(size_t num_pending) {
   }
 }
 
+namespace {
+
+// All codes of a format with so many mantissa bits; magnitudes from `first_special` on are NaN (E5M2 has an infinity
+// there as well, which no weight or activation may be).
+std::vector<float> eight_bit_values(int mantissa_bits, int bias, int first_special) {
+  std::vector<float> values(256);
+  for (int i = 0; i < 256; ++i) {
+    const int exponent = (i & 0x7F) >> mantissa_bits, mantissa = i & ((1 << mantissa_bits) - 1);
+    const int significand = exponent ? (1 << mantissa_bits) + mantissa : mantissa;
+    const float magnitude = std::ldexp(static_cast<float>(significand), std::max(exponent, 1) - bias - mantissa_bits);
+    values[i] = (i & 0x7F) >= first_special ? std::numeric_limits<float>::quiet_NaN()
+                : i & 0x80                  ? -magnitude
+                                            : magnitude;
+  }
+  return values;
+}
+
+}  // namespace
+
 float from_e4m3(uint8_t code) {
-  static const std::vector<float> table = [] {
-    std::vector<float> values(256);
-    for (int i = 0; i < 256; ++i) {
-      const int exponent = i >> 3 & 15, mantissa = i & 7;
-      const float magnitude = exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
-      values[i] = (i & 0x7F) == 0x7F ? std::numeric_limits<float>::quiet_NaN() : i & 0x80 ? -magnitude : magnitude;
-    }
-    return values;
-  }();
+  static const std::vector<float> table = eight_bit_values(3, 7, 0x7F);
+  return table[code];
+}
+
+float from_e5m2(uint8_t code) {
+  static const std::vector<float> table = eight_bit_values(2, 15, 0x7C);
   return table[code];
 }
 
@@ -159,7 +179,8 @@ uint8_t to_e4m3(float value) {
   if (std::isnan(value)) return 0x7F;
   if (magnitude >= 448.f) return sign | 0x7E;
   const int exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);
-  return sign | static_cast<uint8_t>((exponent + 6) * 8 + static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - exponent))));
+  return sign | static_cast<uint8_t>((exponent + 6) * 8 +
+                                     static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - exponent))));
 }
 
 }  // namespace emulator

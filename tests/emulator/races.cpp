@@ -36,7 +36,7 @@ void Clock::set(uint32_t agent, uint32_t time) {
 
 uint32_t Races::now(uint32_t agent) {
   const uint32_t time = of(clocks_[agent].seen, agent);
-  return time ? time : tick(agent);   // moments count from 1
+  return time ? time : tick(agent);  // moments count from 1
 }
 
 uint32_t Races::tick(uint32_t agent) {
@@ -84,7 +84,8 @@ const Access* Races::access(Cell* cells, size_t num_cells, bool is_write, const 
       cell->write = by;
       continue;
     }
-    // In the place of the agent's last read, of none, or of one that this one follows; else of any: then a race may be missed.
+    // In the place of the agent's last read, of none, or of one that this one follows; else of any: then a race may be
+    // missed.
     Access* place = &cell->reads[by.time % Cell::kReaders];
     for (Access& read : cell->reads) {
       if (read.time == 0 || read.agent == by.agent || read.time <= of(past.seen, read.agent)) {

@@ -8,7 +8,7 @@ namespace emulator {
 
 void Machine::begin_cta(Cta& cta) {
   if (!races()) return;
-  const unsigned place = cta.grid.shared_bytes ? cta.index : 0;   // CTAs that run alone are one for this
+  const unsigned place = cta.grid.shared_bytes ? cta.index : 0;  // CTAs that run alone are one for this
   cta.first_agent = static_cast<uint32_t>((cta.grid.stream * ctas_per_stream_ + place) * kNumAgents);
   cta.cells = {cta.shared, cta.grid.shared_bytes};
   for (Fiber& fiber : cta.fibers) {
@@ -25,9 +25,10 @@ void Machine::access(const void* address, size_t num_bytes, bool is_write, Acces
   const Access* other = races_.access(cells->at(address), num_bytes, is_write, by, races_.clock(cta.agent(fiber)));
   if (!other) return;
   std::ostringstream words;
-  words << "race: " << (is_write ? "write" : "read") << " of " << num_bytes << " bytes at " << (cells == &global_ ? "global" : "shared") << " + "
-        << cells->offset(address) << " by " << who_is(by.agent) << " @" << std::hex << by.code << std::dec << ", not ordered behind an access by "
-        << who_is(other->agent) << " @" << std::hex << other->code;
+  words << "race: " << (is_write ? "write" : "read") << " of " << num_bytes << " bytes at "
+        << (cells == &global_ ? "global" : "shared") << " + " << cells->offset(address) << " by " << who_is(by.agent)
+        << " @" << std::hex << by.code << std::dec << ", not ordered behind an access by " << who_is(other->agent)
+        << " @" << std::hex << other->code;
   fail(words.str());
 }
 
@@ -52,8 +53,10 @@ void Machine::on_access(const void* address, size_t num_bytes, bool is_write, co
 
 std::string Machine::who_is(uint32_t agent) const {
   const uint32_t cta = agent / kNumAgents, place = agent % kNumAgents;
-  const std::string where = " of CTA " + std::to_string(cta % ctas_per_stream_) + " on stream " + std::to_string(cta / ctas_per_stream_);
-  static const char* const kEngines[] = {"the copy engine (load)", "the copy engine (store, reading)", "the copy engine (store, writing)"};
+  const std::string where =
+      " of CTA " + std::to_string(cta % ctas_per_stream_) + " on stream " + std::to_string(cta / ctas_per_stream_);
+  static const char* const kEngines[] = {"the copy engine (load)", "the copy engine (store, reading)",
+                                         "the copy engine (store, writing)"};
   if (place < kMaxThreads) return "thread " + std::to_string(place) + where;
   if (place < kMaxThreads + kNumEngines) return kEngines[place - kMaxThreads] + where;
   return "multiplies of warp " + std::to_string(place - kMaxThreads - kNumEngines) + where;

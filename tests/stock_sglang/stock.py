@@ -18,22 +18,17 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from hopper_moe.kernels.device import SM90
+from hopper_moe.quantization.checkpoint_names import QUANTIZATION_CONFIG
 
 torch.set_num_threads(1)  # a forked child would wait forever for the threads of a pool that stayed in its parent
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, FACTOR, LIMIT = 384, 256, 16, 4, 1.5, 1.0
 SHARED = [f"model.layers.0.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")]  # BF16: FP8 linears need a GPU
-QUANTIZATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "scale_fmt": "ue8m0",
-    "weight_block_size": [128, 128],
-}
 
 
 def config_dict(**changes: Any) -> dict[str, Any]:
@@ -48,7 +43,7 @@ def config_dict(**changes: Any) -> dict[str, Any]:
     experts = {
         "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS, "num_experts_per_tok": TOP_K, "n_shared_experts": 1,
         "num_hash_layers": 0, "norm_topk_prob": True, "routed_scaling_factor": FACTOR, "scoring_func": "sqrtsoftplus",
-        "swiglu_limit": LIMIT, "topk_method": "noaux_tc", "expert_dtype": "fp4", "quantization_config": QUANTIZATION,
+        "swiglu_limit": LIMIT, "topk_method": "noaux_tc", "expert_dtype": "fp4", "quantization_config": QUANTIZATION_CONFIG,
     }  # fmt: skip
     rest = {
         "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "torch_dtype": "bfloat16", "vocab_size": 1280,
@@ -72,22 +67,18 @@ def write_model(folder: Path, expert_dtype: str = "I8", **changes: Any) -> Path:
 
 # ---- resolution
 
-LEGACY = os.environ.get("STOCK_SGLANG") == "0.5.17"
-
 
 def simulate_sm90() -> None:
-    """0.5.17 has no such override: there the machine stays a CPU, and only 0.5.23's SM90 rules are exercised."""
+    """From now on SGLang takes this machine for one with a Hopper GPU."""
     from sglang.srt.layers.moe.token_dispatcher import standard
     from sglang.srt.models import deepseek_v2
+    from sglang.srt.runtime_context import override_platform
 
-    if not LEGACY:
-        from sglang.srt.runtime_context import override_platform
-
-        facts = dict.fromkeys(("is_sm100", "is_sm120", "is_blackwell", "is_hip"), False) | {
-            "device_sm": 90,
-            "device_capability": (9, 0),
-        }
-        override_platform(is_cuda=True, is_sm90=True, **facts).install()
+    facts = dict.fromkeys(("is_sm100", "is_sm120", "is_blackwell", "is_hip"), False) | {
+        "device_sm": 90,
+        "device_capability": SM90,
+    }
+    override_platform(is_cuda=True, is_sm90=True, **facts).install()
     deepseek_v2._is_cuda = (
         True  # computed at import from the real machine: elsewhere it multiplies the routed factor in by itself
     )
@@ -96,10 +87,11 @@ def simulate_sm90() -> None:
 
 def forget_settings() -> None:
     """Our process-wide caches: a test changes the environment, a server does not."""
-    from hopper_moe.moe_backends import env, sglang_hooks
+    from hopper_moe.moe_backends import env
+    from hopper_moe.moe_backends.sglang import hooks
 
     env.settings.cache_clear()
-    sglang_hooks.chosen_kernel.cache_clear()
+    hooks.chosen_kernel.cache_clear()
 
 
 def resolve(model: Path, *argv: str, backend: str = "hopper_moe") -> Any:
@@ -110,8 +102,7 @@ def resolve(model: Path, *argv: str, backend: str = "hopper_moe") -> Any:
     args = prepare_server_args(
         ["--model-path", str(model), "--device", "cuda", "--log-level", "error", "--moe-runner-backend", backend, *argv]
     )
-    if not LEGACY:
-        args.resolve_once()
+    args.resolve_once()
     return args
 
 
@@ -121,12 +112,8 @@ def publish(args: Any, rank: int = 0) -> None:
     from sglang.srt.layers.moe.utils import initialize_moe_config
 
     runtime_context.reset_context()
-    if LEGACY:
-        runtime_context.publish(args, role="scheduler")
-        initialize_moe_config(args)
-    else:
-        runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=rank))
-        initialize_moe_config()
+    runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=rank))
+    initialize_moe_config()
 
 
 def join(args: Any, store: Path, rank: int = 0, world_size: int = 1) -> None:
@@ -135,23 +122,7 @@ def join(args: Any, store: Path, rank: int = 0, world_size: int = 1) -> None:
 
     os.environ["SGLANG_NCCL_SO_PATH"] = "/no/nccl/on/a/machine/without/gpu"  # SGLang then leaves NCCL out
     init_distributed_environment(world_size, rank, f"file://{store}", rank, "gloo")
-    if LEGACY:
-        sizes = {"tensor_model_parallel_size": args.tp_size, "expert_model_parallel_size": args.ep_size}
-        initialize_model_parallel(
-            **sizes, attention_data_parallel_size=args.dp_size if args.enable_dp_attention else 1, backend="gloo"
-        )
-        _place_experts(args, rank)
-    else:
-        initialize_model_parallel(backend="gloo")
-
-
-def _place_experts(args: Any, rank: int) -> None:
-    """0.5.17's MegaMoE path wants to know where experts are, as its model runner does before it loads."""
-    from sglang.srt.eplb import expert_location
-
-    object.__setattr__(args, "device", "cpu")  # this process only: the tables would go to the GPU
-    found = expert_location.compute_initial_expert_location_metadata(args, args.get_model_config(), rank % args.ep_size)
-    expert_location.set_global_expert_location_metadata(found)
+    initialize_model_parallel(backend="gloo")
 
 
 def in_ranks(work: Callable[[int], Any], args: Any, world_size: int, folder: Path) -> list[Any]:
@@ -261,6 +232,19 @@ class Checkpoint:
         return magnitude * torch.where(codes >= 8, -1.0, 1.0) * torch.exp2((scale - 127).double()).repeat_interleave(32, -1)
 
 
+def whole_experts(checkpoint: Checkpoint) -> Any:
+    """All experts of a layer as the reference kernel reads them."""
+    from hopper_moe.kernels.reference_weights import Mxfp4Experts
+
+    def stacked(part: str, *shards: str) -> torch.Tensor:
+        names = [[f"layers.0.ffn.experts.{e}.{shard}.{part}" for shard in shards] for e in range(EXPERTS)]
+        return torch.stack([torch.cat([checkpoint.tensors[n].view(torch.uint8) for n in group]) for group in names])
+
+    return Mxfp4Experts(
+        stacked("weight", "w1", "w3"), stacked("scale", "w1", "w3"), stacked("weight", "w2"), stacked("scale", "w2")
+    )
+
+
 def random_checkpoint(seed: int, exponents: tuple[int, int] = (120, 123)) -> Checkpoint:
     rng = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -300,10 +284,6 @@ def moe_block(checkpoint: Checkpoint, **changes: Any) -> Any:
     from transformers import PretrainedConfig
 
     config = PretrainedConfig.from_dict(config_dict(n_group=1, topk_group=1, **changes))
-    if LEGACY:  # there the model decides about shared-expert fusion before it builds its layers
-        from sglang.srt.models.deepseek_v4 import DeepseekV4ForCausalLM
-
-        DeepseekV4ForCausalLM.determine_num_fused_shared_experts(SimpleNamespace(config=config))
     with _bf16():
         block = DeepseekV2MoE(
             config=config,

@@ -17,7 +17,7 @@
 #define __forceinline__ inline
 #undef __noinline__
 #define __noinline__
-#define __shared__ static   // see Grid
+#define __shared__ static  // see Grid
 #define __align__(n) alignas(n)
 
 struct uint2 {
@@ -33,10 +33,6 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace emulator {
-
-// CUDA does not promise it. A warp that has voted goes on together, though, behind whatever its lanes have acquired, and three places rely on that:
-// combine_rest (waits for other ranks' rows), Epilogue::finish_l2 (tells other ranks of its own) and WaveGate. With `false` they show as races.
-constexpr bool kVotesOrderMemory = true;
 
 template <typename To, typename From>
 To bits(From value) {
@@ -58,7 +54,8 @@ T exchange(uint32_t mask, const char* what, T value, int from) {
     for (int lane = 0; lane < kWarpSize; ++lane) {
       if (!(mask >> lane & 1)) continue;
       auto* to = static_cast<Mine*>(lanes[lane]);
-      if (to->from >= 0 && to->from < kWarpSize && mask >> to->from & 1) to->result = static_cast<Mine*>(lanes[to->from])->value;
+      if (to->from >= 0 && to->from < kWarpSize && mask >> to->from & 1)
+        to->result = static_cast<Mine*>(lanes[to->from])->value;
     }
   });
   return mine.result;
@@ -77,32 +74,50 @@ inline uint32_t ballot(uint32_t mask, const char* what, bool predicate) {
     for (int lane = 0; lane < kWarpSize; ++lane) {
       if (mask >> lane & 1) static_cast<Mine*>(lanes[lane])->result = result;
     }
-  }, kVotesOrderMemory);
+  });
   return mine.result;
 }
 
 }  // namespace emulator
 
 template <typename T>
-T min(T a, T b) { return b < a ? b : a; }
+T min(T a, T b) {
+  return b < a ? b : a;
+}
 template <typename T>
-T max(T a, T b) { return a < b ? b : a; }
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 template <typename T>
-T __ldcg(const T* address) { return *address; }
+T __ldcg(const T* address) {
+  return *address;
+}
 inline uint32_t __ldcg(const uint32_t* address) { return emulator::load_relaxed(address); }
 template <typename T>
-T __ldg(const T* address) { return *address; }
+T __ldg(const T* address) {
+  return *address;
+}
 
 template <typename T>
-T __shfl_sync(uint32_t mask, T value, int from) { return emulator::exchange(mask, "__shfl_sync", value, from % emulator::kWarpSize); }
+T __shfl_sync(uint32_t mask, T value, int from) {
+  return emulator::exchange(mask, "__shfl_sync", value, from % emulator::kWarpSize);
+}
 template <typename T>
-T __shfl_up_sync(uint32_t mask, T value, int by) { return emulator::exchange(mask, "__shfl_up_sync", value, emulator::me().lane() - by); }
+T __shfl_up_sync(uint32_t mask, T value, int by) {
+  return emulator::exchange(mask, "__shfl_up_sync", value, emulator::me().lane() - by);
+}
 template <typename T>
-T __shfl_xor_sync(uint32_t mask, T value, int flip) { return emulator::exchange(mask, "__shfl_xor_sync", value, emulator::me().lane() ^ flip); }
-inline uint32_t __ballot_sync(uint32_t mask, bool predicate) { return emulator::ballot(mask, "__ballot_sync", predicate); }
+T __shfl_xor_sync(uint32_t mask, T value, int flip) {
+  return emulator::exchange(mask, "__shfl_xor_sync", value, emulator::me().lane() ^ flip);
+}
+inline uint32_t __ballot_sync(uint32_t mask, bool predicate) {
+  return emulator::ballot(mask, "__ballot_sync", predicate);
+}
 inline bool __any_sync(uint32_t mask, bool predicate) { return emulator::ballot(mask, "__any_sync", predicate) != 0; }
-inline bool __all_sync(uint32_t mask, bool predicate) { return emulator::ballot(mask, "__all_sync", predicate) == mask; }
+inline bool __all_sync(uint32_t mask, bool predicate) {
+  return emulator::ballot(mask, "__all_sync", predicate) == mask;
+}
 inline void __syncwarp(uint32_t mask = ~0u) {
   emulator::meet(mask, "__syncwarp", nullptr, [](void* const*, uint32_t) {}, true);
 }
@@ -111,7 +126,9 @@ inline void __nanosleep(unsigned) { emulator::Machine::get().sleep("__nanosleep"
 [[noreturn]] inline void __trap() { emulator::Machine::get().trap(); }
 inline void __threadfence_system() {}
 
-inline unsigned atomicAdd(unsigned* address, unsigned value) { return emulator::fetch_add(address, value, emulator::Order::kRelaxed); }
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return emulator::fetch_add(address, value, emulator::Order::kRelaxed);
+}
 inline unsigned atomicExch(unsigned* address, unsigned value) { return std::exchange(*address, value); }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -143,7 +160,9 @@ struct cudaLaunchConfig_t {
 
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, size_t) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, size_t) {
+  return cudaSuccess;
+}
 template <typename Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), const Params& params) {
   emulator::Grid grid;

@@ -16,7 +16,9 @@ inline float max_nan(float a, float b) { return std::isnan(a) ? a : std::isnan(b
 inline float reciprocal(float x) { return 1.f / x; }
 inline float exp2(float x) { return std::exp2(x); }
 
-inline uint16_t to_e4m3x2(float low, float high) { return static_cast<uint16_t>(emulator::to_e4m3(low) | emulator::to_e4m3(high) << 8); }
+inline uint16_t to_e4m3x2(float low, float high) {
+  return static_cast<uint16_t>(emulator::to_e4m3(low) | emulator::to_e4m3(high) << 8);
+}
 inline float2 from_e4m3x2(uint16_t pair) { return {emulator::from_e4m3(pair & 0xFF), emulator::from_e4m3(pair >> 8)}; }
 inline uint16_t scale_e4m3x2(uint16_t pair, __half2 factor) {
   const float2 v = from_e4m3x2(pair);

@@ -9,7 +9,9 @@ inline uint32_t smem_address(const void* pointer) { return emulator::shared_addr
 inline void mbarrier_init(uint32_t barrier, uint32_t num_arrivals) { emulator::barrier_init(barrier, num_arrivals); }
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier, 0); }
-inline void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t num_bytes) { emulator::barrier_arrive(barrier, num_bytes); }
+inline void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t num_bytes) {
+  emulator::barrier_arrive(barrier, num_bytes);
+}
 
 // Any lane may be the one.
 inline bool elect_one() {

@@ -1,4 +1,4 @@
-"""The scripts of launch/h200 as far as they need no GPU: starting and ending a server, and everything that reads results."""
+"""eval/serving_bench as far as it needs no GPU: starting and ending a server, and everything that reads results."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from click.testing import CliRunner
 from processes import SLEEPER, has_said, runs, wait_for
 from stub_server import Stub
 
-from hopper_moe.launch.h200 import bench, breakdown, compare, report, serve, soak
-from hopper_moe.launch.h200.bench import decode_pace, first_round, loads
-from hopper_moe.launch.h200.random_checkpoint import mtp_shapes, random_state, tensor_shapes
-from hopper_moe.launch.h200.server import log_facts, start
+from hopper_moe.eval.serving_bench import bench, breakdown, compare, report, serve, soak
+from hopper_moe.eval.serving_bench.bench import decode_pace, first_round, loads
+from hopper_moe.eval.serving_bench.random_checkpoint import mtp_shapes, random_state, tensor_shapes
+from hopper_moe.eval.serving_bench.server import log_facts, start
 from hopper_moe.launch.ports import free_port
 from hopper_moe.launch.server_process import servers
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.quantization.checkpoint import write_checkpoint
 from hopper_moe.quantization.checkpoint_names import QUANTIZATION_CONFIG
+from hopper_moe.quantization.errors import Refusal
 
 # Answers /health with 503 twice, then 200; a child of it sleeps, as SGLang's workers do. argv: ... --port N ...
 FAKE = """
@@ -49,8 +49,8 @@ LAUNCHER = (sys.executable, "-c", FAKE)
 def test_a_server_is_waited_for_and_ended_with_its_children(tmp_path):
     log = tmp_path / "server.log"
     with servers() as group:
-        server = start(group, "model", port=free_port(), log=log, launcher=LAUNCHER, ready_timeout=30, arguments=("--x",))
-        assert server.is_alive() and 0 < server.seconds_to_ready < 30
+        server = start(group, "model", port=free_port(), log=log, launcher=LAUNCHER, ready_timeout=120, arguments=("--x",))
+        assert server.is_alive() and 0 < server.seconds_to_ready < 120
         assert server.command[3:] == ["--model-path", "model", "--moe-runner-backend", "hopper_moe", "--host", "127.0.0.1",
                                       "--port", str(server.port), "--x"]  # fmt: skip
     assert not server.is_alive()
@@ -63,10 +63,10 @@ def test_a_server_that_ends_is_reported_with_its_words(tmp_path):
     with servers() as group:
         crashes = group.start([*launcher, "--port", str(port), "--crash"], port=port, log=log)
         other = group.start([*launcher, "--port", str(port)], port=port, log=tmp_path / "other.log")
-        other.wait_until_ready(30)
+        other.wait_until_ready(120)
         crashes.process.wait()
         with pytest.raises(Refusal, match="(?s)the server ended with code 1; .*log ends with:.*out of memory"):
-            crashes.wait_until_ready(30)
+            crashes.wait_until_ready(120)
         wait_for(lambda: not runs(log))
         assert other.is_alive()
 
@@ -79,22 +79,24 @@ def test_a_port_that_another_server_has_is_refused(tmp_path):
 
 def test_of_two_servers_that_take_the_same_port_only_one_is_ready(tmp_path):
     """Both ports were free when they started: SGLang loads for a minute before it listens."""
-    late = "import time; import sys; time.sleep(float(sys.argv[1]))\n" + FAKE
-    port = free_port()
+    late = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.1)\n" + FAKE
+    port, gates = free_port(), [tmp_path / "first", tmp_path / "second"]
     with servers() as group:
         first, second = (
-            group.start([sys.executable, "-c", late, seconds, "--port", str(port)], port=port, log=tmp_path / seconds)
-            for seconds in ("1", "4")
+            group.start([sys.executable, "-c", late, str(gate), "--port", str(port)], port=port, log=gate.with_suffix(".log"))
+            for gate in gates
         )
-        first.wait_until_ready(30)
+        gates[0].touch()
+        first.wait_until_ready(120)
+        gates[1].touch()
         with pytest.raises(Refusal, match="ended with code 1(.|\n)*in use"):
-            second.wait_until_ready(30)
+            second.wait_until_ready(120)
 
 
 def test_serve_gives_up_and_says_what_the_server_said(tmp_path, sglang):
     """The command line end to end."""
     sglang("import sys; sys.exit(f'{sys.argv[1:3]} is not my kind')")
-    options = ["--log", str(tmp_path / "log"), "--ready-timeout", "60", "--port", str(free_port())]
+    options = ["--log", str(tmp_path / "log"), "--ready-timeout", "120", "--port", str(free_port())]
     result = CliRunner().invoke(serve.main, [*options, "/no/such/model", "--", "--nope"])
     assert result.exit_code == 2 and result.output.startswith("serve: the server ended with code 1; ")
     assert result.output.endswith("ends with:\n['--model-path', '/no/such/model'] is not my kind\n")
@@ -104,13 +106,13 @@ def test_serve_gives_up_and_says_what_the_server_said(tmp_path, sglang):
 def test_a_benchmark_that_is_ended_leaves_no_server_behind(tmp_path, sglang, stagger):
     sglang(SLEEPER)
     options = ["--backends", "a,b", "--port", str(free_port()), "--out", str(tmp_path), *stagger]
-    command = [sys.executable, "-m", "hopper_moe.launch.h200.bench", "model", *options]
+    command = [sys.executable, "-m", "hopper_moe.eval.serving_bench.bench", "model", *options]
     logs = [tmp_path / f"server-{backend}.log" for backend in ("ab" if stagger else "a")]
     process = subprocess.Popen(command)
     try:
         wait_for(lambda: all(map(has_said, logs)))
         process.terminate()
-        assert process.wait(30) == 143
+        assert process.wait(120) == 143
         assert not any(map(runs, logs))
     finally:
         process.kill()
@@ -158,7 +160,7 @@ LOG = """
 
 
 def test_facts_of_a_log():
-    """Lines of a real server (0.5.17 on an H200)."""
+    """Lines of a real server (on an H200)."""
     assert log_facts(LOG) == {
         "weights_gib": 34.83, "available_after_load_gib": 104.24, "available_after_pool_gib": 104.18, "kv_tokens": 262144,
         "graph_gib": 1.58, "workspace_gib": 0.93, "packed_gib": 12.76,
@@ -305,8 +307,9 @@ def test_a_random_checkpoint_is_whole_and_its_activations_keep_their_size(tmp_pa
 
 
 def test_the_scripts_say_what_they_are_for():
+    package = "hopper_moe.eval.serving_bench"
     for name in ("serve", "random_checkpoint", "compare", "bench", "report", "breakdown", "soak"):
-        program = f"from hopper_moe.launch.h200 import {name} as m; assert 'python -m hopper_moe.launch.h200.{name}' in m.__doc__"
+        program = f"from {package} import {name} as m; assert 'python -m {package}.{name}' in m.__doc__"
         subprocess.run([sys.executable, "-c", program], check=True)
 
 

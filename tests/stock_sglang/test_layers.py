@@ -1,4 +1,4 @@
-"""Quant method and loading in stock SGLang 0.5.23: what is created, loaded, packed and moved, and every checkpoint that is
+"""Quant method and loading in stock SGLang: what is created, loaded, packed and moved, and every checkpoint that is
 refused."""
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import stock
 import torch
 from stock import EXPERTS, HIDDEN, INTERMEDIATE
 
-from hopper_moe.moe_backends.errors import Refusal
-from hopper_moe.quantization.packing import PackedExperts, unpack_experts
-from hopper_moe.quantization.sglang_loading import CHECKPOINT_PARAMETERS, PACKED_PARAMETERS
+from hopper_moe.moe_backends.sglang import runner_backend
+from hopper_moe.quantization.errors import Refusal
+from hopper_moe.quantization.packing import PackedExperts, WidePackedExperts, unpack_experts
+from hopper_moe.quantization.sglang_checks import CHECKPOINT_PARAMETERS
+from hopper_moe.quantization.sglang_loading import PACKED_PARAMETERS
 
 EP8_RANK = 3
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> stock.Checkpoint:
-    return stock.random_checkpoint(int(os.environ["TEST_SEED"]))
+def checkpoint(seed) -> stock.Checkpoint:
+    return stock.random_checkpoint(seed)
 
 
 @pytest.fixture
@@ -163,7 +165,7 @@ def test_eplb_moves_exactly_the_packed_parameters(one_gpu, checkpoint):
     assert sorted(t.data_ptr() for t in moved) == sorted(getattr(layer, name).data_ptr() for name in PACKED_PARAMETERS)
     x = torch.randn(3, HIDDEN).bfloat16()
     ids, weights = torch.tensor([[0, 5, 9, -1]] * 3, dtype=torch.int32), torch.rand(3, 4)
-    runner = layer.quant_method._runner
+    runner = layer.quant_method._backend._runner
     wanted = runner.run(x, ids, weights)
     for tensor in moved:  # expert 5 and 9 change places
         tensor[[5, 9]] = tensor[[9, 5]].clone()
@@ -267,25 +269,19 @@ def test_a_duplicate_is_refused(one_gpu, checkpoint):
         stock.load(layer, {name: checkpoint.tensors[name]})
 
 
-def test_a_reload_into_packed_experts_is_refused(one_gpu, checkpoint):
-    layer = stock.fused_moe()
-    stock.load(layer, checkpoint.tensors)
-    finish(layer)
-    with pytest.raises(Refusal, match="weights cannot be reloaded into packed experts"):
-        stock.load(layer, checkpoint.tensors)
-
-
 # ---- rows that cannot be packed exactly
 
 
-def wide(checkpoint: stock.Checkpoint) -> stock.Checkpoint:
-    """Two rows of expert 3 whose scales span 12 powers of two, one more than the packed format holds."""
-    name = NAME.format(3, "w2", "scale")
-    scale = checkpoint.tensors[name].view(torch.uint8).clone()
-    scale[[1, 9], 0], scale[[1, 9], 1] = 111, 123
-    return stock.Checkpoint(
-        checkpoint.tensors | {name: scale.view(torch.float8_e8m0fnu)}, checkpoint.gate, checkpoint.bias, checkpoint.shared
-    )
+def wide(checkpoint: stock.Checkpoint, span: int = 40) -> stock.Checkpoint:
+    """Two rows of expert 3 whose scales span this many powers of two and whose codes do not allow others; more than 28: no packed
+    format holds them."""
+    names = [NAME.format(3, "w2", part) for part in ("weight", "scale")]
+    weight, scale = (checkpoint.tensors[name].view(torch.uint8).clone() for name in names)
+    scale[[1, 9]] = 123
+    scale[[1, 9], 0] = 123 - span
+    weight[[1, 9]] = 0x71  # .5 and 6
+    changed = dict(zip(names, (weight.view(torch.int8), scale.view(torch.float8_e8m0fnu)), strict=True))
+    return stock.Checkpoint(checkpoint.tensors | changed, checkpoint.gate, checkpoint.bias, checkpoint.shared)
 
 
 def test_inexact_rows_are_refused_and_counted(model, checkpoint):
@@ -293,7 +289,7 @@ def test_inexact_rows_are_refused_and_counted(model, checkpoint):
     stock.publish(stock.resolve(model))
     layer = stock.fused_moe()
     stock.load(layer, wide(checkpoint).tensors)
-    with pytest.raises(Refusal, match="w2 expert 3: the scales of 2 rows span up to 12 powers of two"):
+    with pytest.raises(Refusal, match="w2 expert 3: the scales of 2 rows span up to 40 powers of two"):
         finish(layer)
 
 
@@ -303,12 +299,10 @@ def test_inexact_rows_are_refused_and_counted(model, checkpoint):
     ids=str,
 )
 def test_inexact_rows_run_on_the_reference_if_asked(model, checkpoint, environ, monkeypatch):
-    from hopper_moe.quantization import sglang_method
-
     os.environ.update(environ)
     stock.publish(stock.resolve(model))
     said = []
-    monkeypatch.setattr(sglang_method.logger, "warning", lambda line, *values: said.append(line % values))
+    monkeypatch.setattr(runner_backend.logger, "warning", lambda line, *values: said.append(line % values))
     layer, bad = stock.fused_moe(), wide(checkpoint)
     stock.load(layer, bad.tensors)
     layer.quant_method.process_weights_after_loading(layer)
@@ -316,24 +310,41 @@ def test_inexact_rows_run_on_the_reference_if_asked(model, checkpoint, environ, 
     assert all(getattr(layer, name).numel() for name in CHECKPOINT_PARAMETERS)
     x = torch.randn(8, HIDDEN).bfloat16()
     ids, weights = stock.route(bad, x)
-    got = layer.quant_method._runner.run(x, ids.int(), weights.float())
+    got = layer.quant_method._backend._runner.run(x, ids.int(), weights.float())
     assert stock.relative_error(got, stock.expected(bad, x, ids, weights)) < stock.ROUNDING
+
+
+@pytest.mark.parametrize("span, rule, words", [(28, "refuse", None), (40, "round", "weights in 2 of 14336 rows are rounded")])
+def test_wide_rows_are_packed_in_the_wide_format(model, checkpoint, monkeypatch, span, rule, words):
+    """On the reference, which takes every format; the self-check compares it with the tensors as they were loaded."""
+    os.environ.update(HOPPER_MOE_KERNEL="reference", HOPPER_MOE_INEXACT_ROWS=rule)
+    stock.publish(stock.resolve(model))
+    said = []
+    monkeypatch.setattr(runner_backend.logger, "warning", lambda line, *values: said.append(line % values))
+    layer, rows = stock.fused_moe(), wide(checkpoint, span)
+    stock.load(layer, rows.tensors)
+    layer.quant_method.process_weights_after_loading(layer)
+    runner = layer.quant_method._backend._runner
+    assert type(runner._experts) is WidePackedExperts
+    assert [words in line for line in said] == ([True] if words else [])
+    x = torch.randn(8, HIDDEN).bfloat16()
+    ids, weights = stock.route(rows, x)
+    got = runner.run(x, ids.int(), weights.float())
+    assert stock.relative_error(got, stock.expected(rows, x, ids, weights)) < stock.ROUNDING
 
 
 def test_ranks_that_exchange_tokens_run_an_inexact_layer_alike(model, checkpoint, tmp_path):
     """Expert 3 is rank 0's. Its reference would wait for the others' collectives, their fused kernels for rank 0."""
-    from hopper_moe.quantization import sglang_method
-
     os.environ.update(HOPPER_MOE_KERNEL="mxfp4_mega", HOPPER_MOE_INEXACT_ROWS="reference", HOPPER_MOE_SELF_CHECK="0")
     bad = wide(checkpoint)
 
     def work(rank: int) -> tuple[str, list[str]]:
         said = []
-        sglang_method.logger.warning = lambda line, *values: said.append(line % values)
+        runner_backend.logger.warning = lambda line, *values: said.append(line % values)
         layer = stock.fused_moe()
         stock.load(layer, bad.tensors)
         layer.quant_method.process_weights_after_loading(layer)
-        return type(layer.quant_method._runner).__name__, said
+        return type(layer.quant_method._backend._runner).__name__, said
 
     args = stock.resolve(model, "--tp-size", "4", "--attn-dp-size", "4")
     for runner, said in stock.in_ranks(work, args, 4, tmp_path):
@@ -350,7 +361,7 @@ def test_an_inexact_layer_does_not_stand_for_the_fused_kernel_in_the_self_check(
     layer = stock.fused_moe()
     stock.load(layer, wide(checkpoint).tensors)
     layer.quant_method.process_weights_after_loading(layer)
-    assert {kernel for kernel, _ in self_check._seen()} == {"reference"}
+    assert {kernel for kernel, *_ in self_check._seen()} == {"reference"}
 
 
 def test_inexact_rows_cannot_be_moved_by_eplb(model, checkpoint):

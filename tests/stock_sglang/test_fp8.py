@@ -1,4 +1,4 @@
-"""FP8 experts in stock SGLang 0.5.23: checkpoints that have them, and FP4 ones that the user wants expanded, on the CPU."""
+"""FP8 experts in stock SGLang: checkpoints that have them, and FP4 ones that the user wants expanded, on the CPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from stock import EXPERTS, HIDDEN, INTERMEDIATE
 
 from hopper_moe.kernels.reference import moe_layer
-from hopper_moe.moe_backends.errors import Refusal
 from hopper_moe.moe_backends.runners.fp8_mega import Fp8MegaRunner
 from hopper_moe.quantization.codecs import dequantize_fp8_blocks
+from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts, unpack_fp8_w2, unpack_fp8_w13
 
 SIZES = {"w1": (INTERMEDIATE, HIDDEN), "w3": (INTERMEDIATE, HIDDEN), "w2": (HIDDEN, INTERMEDIATE)}
@@ -36,9 +36,9 @@ def reference_in_place_of_the_kernel(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
+def tensors(seed) -> dict[str, torch.Tensor]:
     """A random FP8 layer in the original naming: E4M3 and one FP32 scale per 128 x 128."""
-    rng = torch.Generator().manual_seed(int(os.environ["TEST_SEED"]))
+    rng = torch.Generator().manual_seed(seed)
     found = {}
     for expert in range(EXPERTS):
         for shard, (rows, columns) in SIZES.items():
@@ -86,13 +86,13 @@ def test_an_fp8_checkpoint_is_packed_bit_for_bit(fp8_model, tensors, argv, rank,
         assert torch.equal(w2_scale, whole(expert, "w2", "scale")[:, blocks])
 
 
-def test_fp4_experts_are_expanded_when_the_user_asks(model):
+def test_fp4_experts_are_expanded_when_the_user_asks(model, seed):
     os.environ["SGLANG_DSV4_FP4_DEQUANT"] = "1"
     stock.publish(stock.resolve(model))
     config = stock.quant_config()
     config.dequant_fp4_to_fp8 = True  # as SGLang's loader sets it
     layer = stock.fused_moe(quant_config=config)
-    checkpoint = stock.random_checkpoint(int(os.environ["TEST_SEED"]))
+    checkpoint = stock.random_checkpoint(seed)
     stock.load(layer, checkpoint.tensors)
     found = packed(layer)
     for expert in (0, 7):
@@ -112,7 +112,7 @@ def test_fp8_experts_need_the_fp8_kernel(fp8_model):
     with pytest.raises(Refusal, match="experts are fp8, but mxfp4_mega serves fp4"):
         stock.resolve(fp8_model)
     os.environ["HOPPER_MOE_KERNEL"] = "auto"
-    from hopper_moe.moe_backends.arguments import ServingPlan
+    from hopper_moe.moe_backends.sglang.plan import ServingPlan
 
     for argv, exchange in ((), "none"), (("--tp-size", "4", "--attn-dp-size", "4", "--ep-size", "4"), "megamoe"):
         stock.resolve(fp8_model, *argv)
