@@ -108,6 +108,8 @@ def test_rows_name_kernels_backends_and_mistakes(tmp_path: Path) -> None:
     ours, stock = (gpu.row_of(name, tmp_path, tmp_path) for name in ("w4a16", "marlin"))
     assert (ours.backend, ours.environment) == ("hopper_moe", {"HOPPER_MOE_KERNEL": "w4a16"})
     assert (stock.backend, stock.environment) == ("marlin", {})
+    fp8 = gpu.row_of("fp8_mega", tmp_path, tmp_path)
+    assert fp8.environment == {"HOPPER_MOE_KERNEL": "fp8_mega", "SGLANG_DSV4_FP4_DEQUANT": "1"}
     two = gpu.row_of("mxfp4_mega@2", tmp_path, tmp_path)
     assert (two.name, two.folder) == ("mxfp4_mega, 2 GPUs", "mxfp4_mega-2-GPUs")
     assert two.arguments[:4] == ("--tp", "2", "--dp", "2")

@@ -275,10 +275,13 @@ def test_the_servers_own_pace_is_read_while_all_requests_decode():
 
 
 def test_loads_are_prompts_alone_and_batches():
-    planned = loads([1, 64], 1024, 256)
+    planned = loads([1, 64], [1024, 8192], 256)
     assert [(load.concurrency, load.output_len) for load in first_round(planned)] == [(1, 1), (64, 32)]
-    assert [load.num_prompts for load in loads([1, 64], 1024, 256, batches=1)[1:]] == [1, 64]
-    assert [(p.concurrency, p.num_prompts, p.output_len) for p in planned] == [(1, 6, 1), (1, 4, 256), (64, 128, 256)]
+    assert first_round(planned)[-1].input_len == 8192
+    assert [load.num_prompts for load in loads([1, 64], [1024], 256, batches=1)[1:]] == [1, 64]
+    assert [(p.concurrency, p.num_prompts, p.input_len, p.output_len) for p in planned] == [
+        (1, 6, 8192, 1), (1, 4, 1024, 256), (64, 128, 1024, 256), (1, 4, 8192, 256), (64, 128, 8192, 256)
+    ]  # fmt: skip
 
 
 CONFIG = {

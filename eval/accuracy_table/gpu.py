@@ -35,7 +35,8 @@ from hopper_moe.eval.serving_bench.compare import answers, summary
 from hopper_moe.eval.serving_bench.server import start
 from hopper_moe.launch.ports import free_port
 from hopper_moe.launch.server_process import ServerProcess, servers
-from hopper_moe.moe_backends.kernel_specs import KERNELS
+from hopper_moe.moe_backends.env_table import EXPAND_FP4
+from hopper_moe.moe_backends.kernel_specs import KERNELS, REGISTRY
 from hopper_moe.moe_backends.sglang.plan import BACKEND
 from hopper_moe.quantization.errors import Refusal
 
@@ -70,13 +71,15 @@ class Row:
 
 
 def row_of(name: str, model: Path, out: Path) -> Row:
-    """A kernel of this package (KERNEL@N: on N GPUs), `exact`, or else one of SGLang's own MoE backends."""
+    """A kernel of this package (KERNEL@N: on N GPUs), `exact`, or else one of SGLang's own MoE backends. A kernel of FP8 experts
+    gets the model's FP4 ones expanded."""
     kernel, at, gpus = name.partition("@")
     if at:
         arguments = ("--tp", gpus, "--dp", gpus, "--enable-dp-attention", "--ep", gpus, "--disable-custom-all-reduce")
         return Row(f"{kernel}, {gpus} GPUs", model, BACKEND, {"HOPPER_MOE_KERNEL": kernel}, arguments=arguments)
     if name in KERNELS:
-        return Row(name, model, BACKEND, {"HOPPER_MOE_KERNEL": name})
+        expanded = {EXPAND_FP4: "1"} if REGISTRY[name].expert_dtype == "fp8" else {}
+        return Row(name, model, BACKEND, {"HOPPER_MOE_KERNEL": name, **expanded})
     if name != EXACT:
         return Row(name, model, name)
     path = os.pathsep.join((str(exact_experts.install(out / "exact_plugin")), os.environ.get("PYTHONPATH", "")))
@@ -184,7 +187,7 @@ def texts(folder: Path) -> dict[str, str]:
 @click.command(help=__doc__)
 @click.option(
     "--kernels",
-    default="reference,exact,mxfp4_mega,w4a16",
+    default="reference,exact,mxfp4_mega,fp8_mega,w4a16",
     show_default=True,
     help="Comma-separated, reference first: kernels (KERNEL@N: tokens and experts on N GPUs), `exact` (FP64, nothing rounded), "
     "or SGLang's own backends, such as marlin.",

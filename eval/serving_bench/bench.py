@@ -37,9 +37,13 @@ PREFILL = Load(concurrency=1, num_prompts=6, input_len=8192, output_len=1)
 FIRST_OUTPUT_LEN = 32  # of the round that is not kept
 
 
-def loads(concurrencies: Sequence[int], input_len: int, output_len: int, batches: int | None = None) -> list[Load]:
-    """Prompts alone, then `batches` of requests at each concurrency (None: two, four at 1 and 8), in the order given."""
-    return [PREFILL, *(Load(c, c * (batches or (4 if c < 32 else 2)), input_len, output_len) for c in concurrencies)]
+def loads(concurrencies: Sequence[int], input_lens: Sequence[int], output_len: int, batches: int | None = None) -> list[Load]:
+    """Prompts alone, then for each length of prompts `batches` of requests at each concurrency (None: two, four at 1 and 8), in
+    the order given."""
+    return [
+        PREFILL,
+        *(Load(c, c * (batches or (4 if c < 32 else 2)), length, output_len) for length in input_lens for c in concurrencies),
+    ]
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -52,7 +56,7 @@ def numbers(option: str, text: str) -> list[int]:
 def first_round(planned: Sequence[Load]) -> list[Load]:
     """What makes the servers compile all that the loads need: decoding was compiled with the graphs, prefill sees the most kinds
     of batches where most prompts come at once."""
-    largest = max(planned, key=lambda load: load.concurrency)
+    largest = max(planned, key=lambda load: (load.concurrency, load.input_len))
     return [load for load in planned if load.output_len == 1] + [replace(largest, output_len=FIRST_OUTPUT_LEN)]
 
 
@@ -113,7 +117,7 @@ def describe(server: ServerProcess, together: bool) -> dict[str, Any]:
 @click.argument("model")
 @click.option("--backends", default=f"{BACKEND},marlin,flashinfer_mxfp4,flashinfer_mxfp4_fp8", show_default=True)
 @click.option("--concurrency", default="1,8,32,64,128", show_default=True)
-@click.option("--input-len", default=1024, show_default=True)
+@click.option("--input-len", default="1024", show_default=True, help="Tokens of a prompt; several lengths with commas.")
 @click.option("--output-len", default=1024, show_default=True)
 @click.option("--batches", type=click.IntRange(1), help="Batches of requests at each concurrency  [default: 2, 4 below 32]")
 @click.option("--rounds", default=ROUNDS, show_default=True)
@@ -128,7 +132,7 @@ def main(
     model: str,
     backends: str,
     concurrency: str,
-    input_len: int,
+    input_len: str,
     output_len: int,
     batches: int | None,
     rounds: int,
@@ -140,7 +144,8 @@ def main(
     out: Path,
     sglang_arguments: tuple[str, ...],
 ) -> None:
-    planned, names = loads(numbers("--concurrency", concurrency), input_len, output_len, batches), backends.split(",")
+    lengths = numbers("--input-len", input_len)
+    planned, names = loads(numbers("--concurrency", concurrency), lengths, output_len, batches), backends.split(",")
     out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(names)) as pool, servers() as group:  # in this order: stopped servers end every wait
         started, problems = start_all(group, pool, model, names, out, port, stagger, sglang_arguments)
