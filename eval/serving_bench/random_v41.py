@@ -76,9 +76,9 @@ def _table_sizes(text: dict[str, Any]) -> list[int]:
 def vocabulary_of(tokenizer_dir: Path) -> tuple[int, int]:
     """(tokens, distinct tokens after Engram's normalisation), by SGLang's own rule."""
     from sglang.srt.layers.engram import build_compressed_token_map
-    from transformers import AutoTokenizer
+    from sglang.srt.utils.hf_transformers.tokenizer import get_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = get_tokenizer(str(tokenizer_dir), tokenizer_backend="huggingface")
     return len(tokenizer), build_compressed_token_map(tokenizer)[1]
 
 

@@ -98,14 +98,14 @@ def test_stock_takes_every_tensor_of_v3(v3, tmp_path, no_gpu, monkeypatch):
 def test_engram_hashes_the_tokens_of_the_vocabulary(v41):
     """What stock asserts at start, which the other tests leave out."""
     from sglang.srt.layers.engram import EngramHasher, EngramLayout
+    from sglang.srt.utils.hf_transformers.tokenizer import get_tokenizer
     from sglang.srt.utils.hf_transformers_utils import get_config
-    from transformers import AutoTokenizer
 
     config = get_config(str(v41), trust_remote_code=False)
     layout = EngramLayout.from_config(config)
     hasher = EngramHasher(
         layout,
-        AutoTokenizer.from_pretrained(v41),
+        get_tokenizer(str(v41), tokenizer_backend="huggingface"),
         config.engram_pad_token_id,
         config.engram_compressed_vocab_size,
     )
@@ -129,8 +129,9 @@ def test_our_commands_accept_it(folder, request, monkeypatch):
 def test_weights_keep_the_size_of_their_input(seed):
     draw = RandomTensors(seed, torch.device("cpu"))
     for k in (128, 2304, 5120):
-        draw.fp4("a", 64, k)
-        draw.fp8_ue8m0("b", 64, k)
+        rows = (1 << 15) // k * 32  # about a thousand blocks, whose two scales then average out
+        draw.fp4("a", rows, k)
+        draw.fp8_ue8m0("b", rows, k)
         draw.fp8_fp32("c", 128, 2560)
         blocks = decode_ue8m0(draw.found["b.scale"]).repeat_interleave(32, 0).repeat_interleave(32, 1)
         fp4 = dequantize_mxfp4(draw.found["a.weight"], draw.found["a.scale"])
