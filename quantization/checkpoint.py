@@ -52,18 +52,30 @@ def write_checkpoint(
     Raises:
         Refusal: the folder holds weights, the config declares other types, or the checkpoint would not be valid.
     """
-    folder = Path(path)
-    if any(folder.glob("*.safetensors")):
-        raise Refusal(f"{folder} already holds .safetensors files: give a new folder.")
     if config.get("expert_dtype") != "fp4" or config.get("quantization_config") != QUANTIZATION_CONFIG:
         raise Refusal(
             f"config says expert_dtype={config.get('expert_dtype')!r}, quantization_config="
             f"{config.get('quantization_config')!r}: checkpoints written here have expert_dtype='fp4' and quantization_config="
             f"{QUANTIZATION_CONFIG}."
         )
+    return write_stored(path, _stored(state), config, tokenizer_dir=tokenizer_dir, max_shard_bytes=max_shard_bytes)
+
+
+def write_stored(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    *,
+    tokenizer_dir: str | Path | None = None,
+    max_shard_bytes: int = 4 << 30,
+) -> Path:
+    """The same for tensors that already have the names and types of the checkpoint, of any supported model; on the CPU."""
+    folder = Path(path)
+    if any(folder.glob("*.safetensors")):
+        raise Refusal(f"{folder} already holds .safetensors files: give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-    _write_shards(folder, _stored(state), max_shard_bytes)
+    _write_shards(folder, tensors, max_shard_bytes)
     if tokenizer_dir is not None:
         for pattern in _TOKENIZER_FILES:
             for file in Path(tokenizer_dir).glob(pattern):
@@ -92,7 +104,7 @@ def _stored(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return stored
 
 
-def _write_shards(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> None:
+def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_bytes: int) -> None:
     shards: list[dict[str, torch.Tensor]] = [{}]
     filled = total = 0
     for name, tensor in tensors.items():

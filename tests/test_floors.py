@@ -21,6 +21,7 @@ NEEDS_SGLANG = {
     "eval/layer_bench/baselines/humming.py": "measures SGLang's Humming runner",
     "eval/layer_bench/baselines/marlin.py": "measures SGLang's Marlin kernel",
     "eval/serving_bench/load.py": "SGLang's load generator",
+    "eval/serving_bench/random_v41.py": "the hash layout of Engram's tables is SGLang's",
 }
 
 # The command line lists the sub-commands of every folder by name and imports the one that runs.

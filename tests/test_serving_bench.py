@@ -311,7 +311,7 @@ def test_a_random_checkpoint_is_whole_and_its_activations_keep_their_size(tmp_pa
 
 def test_the_scripts_say_what_they_are_for():
     package = "hopper_moe.eval.serving_bench"
-    for name in ("serve", "random_checkpoint", "compare", "bench", "report", "breakdown", "soak"):
+    for name in ("serve", "random_checkpoint", "random_v41", "random_v3", "compare", "bench", "report", "breakdown", "soak"):
         program = f"from {package} import {name} as m; assert 'python -m {package}.{name}' in m.__doc__"
         subprocess.run([sys.executable, "-c", program], check=True)
 
