@@ -19,8 +19,6 @@ from stub_server import Stub, fraction
 
 from hopper_moe.eval.serving_bench.trainer_tensors import aligned, read
 
-PAUSED_CALLS = ("begin_weight_update", "end_weight_update", "update_weights_from_tensor")
-
 
 def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from hopper_moe.eval.serving_bench.refresh_steps import SCORED, STEPS, USUAL, Run, bits
+from hopper_moe.eval.serving_bench.refresh_steps import SCORED, STEPS, USUAL, Lost, Run, bits
 from hopper_moe.eval.serving_bench.trainer_calls import WeightCalls
 from hopper_moe.kernels.benchmarks.options import RefusingCommand, commit_option
 from hopper_moe.quantization.errors import Refusal
@@ -56,13 +56,14 @@ def run_steps(run: Run, names: list[str], facts: dict[str, Any], out: Path) -> l
     """One line for each step, and `out` written after it. Returns all problems; a step that cannot go on is one."""
     results: dict[str, Any] = {**facts, "steps": {}}
     problems: list[str] = []
+    is_lost = False
     for name in names:
         started = time.monotonic()
         found: dict[str, Any] = {"problems": ["not run, the server is lost"]}
         try:
-            found = found if run.is_lost else STEPS[name](run)
+            found = found if is_lost else STEPS[name](run)
         except Refusal as refusal:
-            found = {"problems": [str(refusal)]}
+            found, is_lost = {"problems": [str(refusal)]}, isinstance(refusal, Lost)
         found["step_seconds"] = round(time.monotonic() - started, 1)
         results["steps"][name] = found
         out.write_text(json.dumps(results, indent=1) + "\n")

@@ -24,8 +24,8 @@ NEAR = 1.0
 """Median change of log probabilities below which tokens are of the same weights: batches round differently (0.15 between kernels,
 see README.md), other random weights are apart by about 10."""
 
-FEWEST = 16
-"""Tokens of an answer that is judged: of fewer the medians say nothing."""
+BLOCK = 16
+"""Tokens that are judged together: of fewer a median says nothing."""
 
 _TIMEOUT = 300.0
 
@@ -65,8 +65,8 @@ def _reply(prompt: list[int], meta: dict[str, Any], num_tokens: int) -> Reply:
 
 
 @contextmanager
-def traffic(url: str, concurrency: int, seed: int, num_tokens: int = 96) -> Iterator[list[Reply]]:
-    """So many requests at a time while the block runs. The list is whole when it has ended."""
+def traffic(url: str, concurrency: int, seed: int) -> Iterator[list[Reply]]:
+    """So many requests at a time while the block runs, of 48 to 159 tokens. The list is whole when it has ended."""
     replies: list[Reply] = []
     is_over = threading.Event()
 
@@ -74,7 +74,7 @@ def traffic(url: str, concurrency: int, seed: int, num_tokens: int = 96) -> Iter
         rng = random.Random(seed * 1000 + number)
         while not is_over.is_set():
             prompt = [rng.randrange(256, 100_000) for _ in range(rng.randrange(8, 64))]
-            replies.append(ask(url, prompt, num_tokens))
+            replies.append(ask(url, prompt, rng.randrange(48, 160)))
             if replies[-1].failure:
                 time.sleep(0.2)  # a server that is gone is not asked a thousand times
 
@@ -89,18 +89,18 @@ def traffic(url: str, concurrency: int, seed: int, num_tokens: int = 96) -> Iter
 
 
 def weights_of(sent: Sequence[float], again: Sequence[float]) -> str:
-    """ "new", "old" or "mixed": by halves of an answer, log probabilities as sent against those under the new weights."""
-    middle = len(sent) // 2
-    halves = [(sent[:middle], again[:middle]), (sent[middle:], again[middle:])]
-    is_new = [statistics.median(abs(a - b) for a, b in zip(*half, strict=True)) < NEAR for half in halves]
-    return "mixed" if is_new[0] != is_new[1] else "new" if is_new[0] else "old"
+    """ "new", "old" or "mixed": log probabilities as sent against those under the new weights, block by block."""
+    changes = [abs(a - b) for a, b in zip(sent, again, strict=True)]
+    blocks = [changes[start : start + BLOCK] for start in range(0, len(changes) - BLOCK + 1, BLOCK)]
+    found = {statistics.median(block) < NEAR for block in blocks}
+    return "mixed" if len(found) == 2 else "new" if found == {True} else "old"
 
 
 def judge(url: str, replies: Sequence[Reply], score: Callable[[str, list[int]], list[float]] = scored) -> dict[str, Any]:
     """Counts of `replies` by what they are; `unmarked`: of both weights, and SGLang's `weight_versions` name one."""
     failures = [reply.failure for reply in replies if reply.failure]
     aborted = sum(reply.finish == "abort" for reply in replies)
-    judged = [reply for reply in replies if not reply.failure and len(reply.tokens) >= FEWEST]
+    judged = [reply for reply in replies if not reply.failure and len(reply.tokens) >= BLOCK]
 
     def kind(reply: Reply) -> str:
         return weights_of(reply.logprobs, score(url, reply.prompt + reply.tokens)[len(reply.prompt) - 1 :])

@@ -50,7 +50,11 @@ def unequal(what: str, found: Bits, wanted: Bits) -> list[str]:
     return [f"{what}: {', '.join(said)}"] if said else []
 
 
-@dataclass
+class Lost(Refusal):
+    """The server is not whole and could not be healed: nothing may be asked of it any more."""
+
+
+@dataclass(frozen=True)
 class Run:
     """One server and the two checkpoints. Tensors are read to `device` when a step first needs them, and stay there."""
 
@@ -66,7 +70,6 @@ class Run:
     device: str = "cuda"
     look: Callable[[str], dict[str, Any]] = field(default=observe)
     settle: float = 2.0  # seconds of load before and after an update
-    is_lost: bool = False  # the server is not whole and could not be healed
 
     @cached_property
     def before(self) -> Bits:
@@ -97,15 +100,14 @@ class Run:
     def refused(self, what: str, answer: Answer) -> list[str]:
         """Empty where it was not, else one sentence; the server has its own weights again then, and goes on.
 
-        Raises `Refusal` where it does not take them: nothing may be asked of it any more.
+        Raises `Lost` where it does not take them.
         """
         if answer.success:
             return []
         said = f"{what}: refused ({answer.message[:300]})"
         healed = self.calls.from_disk(str(self.same_folder))
         if not healed.success:
-            self.is_lost = True
-            raise Refusal(f"{said}, and nor are the server's own weights taken ({healed.message[:300]}).")
+            raise Lost(f"{said}, and nor are the server's own weights taken ({healed.message[:300]}).")
         self.calls.go_on()
         return [said]
 
