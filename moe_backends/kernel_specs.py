@@ -24,6 +24,7 @@ class KernelSpec:
     size_multiple: int = DIM_MULTIPLE  # of hidden_size and intermediate_size
     max_top_k: int = MAX_TOP_K
     capturable: bool = True  # can run inside a CUDA graph
+    batch_invariant: bool = True  # a token's result has the same bits in every batch
     multi_rank: bool = False  # its runner is an `ExchangingRunner`: it moves tokens between ranks itself; else SGLang does
     package: str | None = None  # a package that is not among our own requirements
     library: str | None = None  # of kernels/jit.py: the fused kernel's, which takes a workspace (an exchange buffer across ranks)
@@ -63,6 +64,7 @@ SPECS = (
         "fp4",
         "w4a16",
         SM90,
+        batch_invariant=False,
         package="flashinfer",
     ),
     KernelSpec(

@@ -22,6 +22,7 @@ NEEDS_SGLANG = {
     "eval/layer_bench/baselines/marlin.py": "measures SGLang's Marlin kernel",
     "eval/serving_bench/load.py": "SGLang's load generator",
     "eval/serving_bench/random_v41.py": "the hash layout of Engram's tables is SGLang's",
+    "eval/serving_bench/trainer_tensors.py": "SGLang's own form of tensors for its weight calls",
 }
 
 # The command line lists the sub-commands of every folder by name and imports the one that runs.

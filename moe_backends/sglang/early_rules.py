@@ -44,6 +44,7 @@ def early_refusals(
     """Every reason, in a fixed order. `spec`: the kernel chosen so far."""
     yield from _names(view)
     yield from _unsupported(view, spec)
+    yield from _determinism(view, spec)
     yield from _loading(view)
     hosts = list(host_refusals(view))
     yield from hosts
@@ -106,6 +107,16 @@ def _unsupported(view: LaunchView, spec: KernelSpec) -> Iterator[str]:
         value = view.option(field) or 0
         if value > highest:
             yield f"{flag} {value} copies or moves expert weights behind the kernel's back: drop it."
+
+
+def _determinism(view: LaunchView, spec: KernelSpec) -> Iterator[str]:
+    """SGLang itself refuses the attention of DeepSeek-V4 here; it knows nothing of our kernels."""
+    flag = view.asks_for_determinism
+    if flag and not spec.batch_invariant:
+        yield (
+            f"{flag} needs results that do not depend on the batch, but {spec.name} computes batches of other sizes in another "
+            "order: set HOPPER_MOE_KERNEL=mxfp4_mega, or drop the flag."
+        )
 
 
 def _loading(view: LaunchView) -> Iterator[str]:

@@ -32,6 +32,13 @@ class LaunchView:
         return BACKEND in (self.args.moe_runner_backend, self.args.speculative_moe_runner_backend)
 
     @property
+    def asks_for_determinism(self) -> str | None:
+        """The argument after which no result may depend on the batch; None: not given."""
+        if target := self.option("rl_on_policy_target"):
+            return f"--rl-on-policy-target {target}"
+        return "--enable-deterministic-inference" if self.option("enable_deterministic_inference") else None
+
+    @property
     def attn_dp_size(self) -> int:
         """Ranks of attention data parallelism; 1 without it."""
         if self.args.enable_dp_attention and self.args.attn_dp_size == 1:

@@ -58,7 +58,8 @@ def choose_for_model(
     # stand in for it between hosts).
     exchanges = view.exchange(early.spec) in (FUSED_EXCHANGE, DEEPEP_EXCHANGE)
     other_exchange = exchanges and choice.spec.multi_rank != early.spec.multi_rank
-    return early if other_exchange or choice.spec.capturable != early.spec.capturable else choice
+    depends_on_batch = view.asks_for_determinism is not None and not choice.spec.batch_invariant
+    return early if other_exchange or depends_on_batch or choice.spec.capturable != early.spec.capturable else choice
 
 
 def judge(

@@ -48,6 +48,7 @@ SMALLER = {
     ),
     ("v4.1-flash.md", "4 x H200"): ("4 x H100", "79.0 GiB free, but the weights need 114.5 GiB"),
     ("v4.1-flash.md", "8 x H200"): ("4 x H200", "--tp-size 8 needs 8 GPUs, but 4 are visible"),
+    ("refresh.md", "4 x H200"): ("2 x H200", "--tp-size 4 needs 4 GPUs, but 2 are visible"),
     ("README.md", "4 x H200"): ("2 x H200", "--tp-size 4 needs 4 GPUs, but 2 are visible"),
     ("kubernetes.yaml", "8 x H100"): ("4 x H100", "--tp-size 8 needs 8 GPUs, but 4 are visible"),
 }
@@ -100,7 +101,7 @@ def in_the_readme() -> list[Recipe]:
     return found
 
 
-ALL = [recipe for file in sorted(RECIPES.glob("v4*.md")) for recipe in in_markdown(file)]
+ALL = [recipe for file in (*sorted(RECIPES.glob("v4*.md")), RECIPES / "refresh.md") for recipe in in_markdown(file)]
 ALL += in_kubernetes() + in_the_readme()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from hopper_moe.kernels.device import SM90
 from hopper_moe.launch.model_facts import read_model
 from hopper_moe.launch.sglang_args import parse
 from hopper_moe.moe_backends.env import settings
+from hopper_moe.moe_backends.kernel_specs import REGISTRY
+from hopper_moe.moe_backends.registry import Choice
+from hopper_moe.moe_backends.sglang import verdict
 from hopper_moe.moe_backends.sglang.plan import BACKEND
 from hopper_moe.moe_backends.sglang.verdict import judge
 from hopper_moe.quantization.errors import Refusal
@@ -32,7 +36,9 @@ DEEPEP = ("--moe-a2a-backend", "deepep")
 NORMAL = (*DEEPEP, "--deepep-mode", "normal")
 EPLB = ("--enable-eplb", "--ep-num-redundant-experts", "16")
 WIDE = {"n_routed_experts": 64}
-MEGA, W4A16 = {"HOPPER_MOE_KERNEL": "mxfp4_mega"}, {"HOPPER_MOE_KERNEL": "w4a16"}
+MEGA, W4A16, AUTO = ({"HOPPER_MOE_KERNEL": name} for name in ("mxfp4_mega", "w4a16", "auto"))
+EXPANDED = {"HOPPER_MOE_KERNEL": "fp8_mega", "SGLANG_DSV4_FP4_DEQUANT": "1"}
+DETERMINISTIC, ON_POLICY = ("--enable-deterministic-inference",), ("--rl-on-policy-target", "fsdp")
 FLASH = {"hidden_size": 4096, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 6}
 V41 = {"hidden_size": 5120, "moe_intermediate_size": 2304, "n_routed_experts": 384, "num_experts_per_tok": 6}
 
@@ -161,6 +167,16 @@ LAUNCHES = [
     ((), "experts are fp4, but fp8_mega serves fp8", {"HOPPER_MOE_KERNEL": "fp8_mega"}, {}),
     (DP8, "PARALLEL_DEEPGEMM_WARMUP=1 warms up", MEGA | {"SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP": "1"}, {}),
     ((), "quantization is None, but only quant_method fp8", {}, {"quantization_config": None}),
+    # determinism
+    *[
+        ((*flags, *more), None, environ, {})
+        for flags in (DETERMINISTIC, ON_POLICY)
+        for more, environ in (((), {}), ((), MEGA), ((), AUTO), ((), EXPANDED), (EP8, MEGA), (DP8, MEGA), ((*DP8, *NORMAL), MEGA))
+    ],
+    (DETERMINISTIC, "^--enable-deterministic-inference needs results .* but w4a16 .*HOPPER_MOE_KERNEL=mxfp4_mega", W4A16, {}),
+    (ON_POLICY, "^--rl-on-policy-target fsdp needs results .* but w4a16 .*HOPPER_MOE_KERNEL=mxfp4_mega", W4A16, {}),
+    ((*ON_POLICY, *DETERMINISTIC, *EP8), "^--rl-on-policy-target fsdp needs .* but w4a16 ", W4A16, {}),
+    ((*DETERMINISTIC, *DP8, *NORMAL), "^--enable-deterministic-inference needs .* but w4a16 ", W4A16, {}),
 ]
 
 
@@ -181,12 +197,43 @@ def at_serve(model: Path, argv: tuple[str, ...]) -> tuple[str | None, dict | Non
     """The same of `hopper-moe serve`, on a machine with enough H200."""
     stock.forget_settings()
     launch = parse(str(model), ["--device", "cuda", "--log-level", "error", *argv])
-    verdict = judge(launch.view, read_model(str(model)).facts, settings(), SM90, None)
-    if verdict.refusals:
-        return verdict.refusals[0], None
-    return None, vars(verdict.plan)
+    found = judge(launch.view, read_model(str(model)).facts, settings(), SM90, None)
+    if found.refusals:
+        return found.refusals[0], None
+    return None, vars(found.plan)
 
 
+@pytest.fixture
+def deterministic_attention() -> Iterator[None]:
+    """SGLang 0.5.23 refuses DeepSeek-V4's attention with determinism; by its own extension point this one does not."""
+    from sglang.srt.arg_groups import choices
+
+    choices.add_deterministic_attention_backend_choices(["dsv4"])
+    yield
+    choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.remove("dsv4")
+
+
+@pytest.mark.parametrize("argv", [DETERMINISTIC, ON_POLICY, (*DETERMINISTIC, *EP8)])
+def test_of_deterministic_attention_sglang_says_the_same_with_us_as_without(model, argv):
+    said = []
+    for backend in ("hopper_moe", "marlin"):
+        with pytest.raises(ValueError, match="attention backends are supported for deterministic.* specified 'dsv4'") as caught:
+            stock.resolve(model, *argv, backend=backend)
+        said.append((type(caught.value), str(caught.value)))
+    assert said[0] == said[1]
+    assert at_serve(model, argv)[0] is None, "it is SGLang's to say"
+
+
+@pytest.mark.parametrize("flags", [(), DETERMINISTIC])
+def test_auto_keeps_the_kernel_whose_bits_do_not_depend_on_the_batch(model, monkeypatch, flags):
+    """Also where the measured table prefers another."""
+    os.environ.update(AUTO)
+    w4a16 = Choice(REGISTRY["w4a16"], "measured")
+    monkeypatch.setattr(verdict, "choose", lambda *_args, **how: w4a16 if "shard" in how else Choice(REGISTRY["mxfp4_mega"], ""))
+    assert at_serve(model, flags)[1]["kernel"] == ("mxfp4_mega" if flags else "w4a16")
+
+
+@pytest.mark.usefixtures("deterministic_attention")
 @pytest.mark.parametrize(
     ("argv", "words", "environ", "changes"), LAUNCHES, ids=[f"{i} {' '.join(row[0])}" for i, row in enumerate(LAUNCHES)]
 )
