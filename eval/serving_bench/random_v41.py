@@ -10,6 +10,9 @@ vocabulary is the tokenizer's, because Engram hashes its tokens. Needs SGLang, w
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,13 @@ STAGES = 3
 _LAYERS = 7
 _SHARE = 0.35  # of the last hidden state's length that is still the token's embedding; guessed
 _HC = 4
+# What SGLang's renderer of V4.1's conversations looks up in a tokenizer (deepseek_recipe), beside those that V4's has.
+_CHAT_TOKENS = (
+    "<｜System｜>", "<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜latest_reminder｜>",
+    "<｜deepseek_image｜>", "<｜image｜>", "<｜ref｜>", "<｜/ref｜>", "<｜box｜>", "<｜/box｜>", "<｜point｜>", "<｜/point｜>",
+    "<｜polygon｜>", "<｜/polygon｜>", "<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>", "<｜title｜>",
+    "<｜read_url｜>", "<think>", "</think>", "｜DSML｜",
+)  # fmt: skip
 
 
 def nested_config(vocab_size: int, compressed_vocab_size: int, experts: int = 48, **text_changes: Any) -> dict[str, Any]:
@@ -80,6 +90,22 @@ def vocabulary_of(tokenizer_dir: Path) -> tuple[int, int]:
 
     tokenizer = get_tokenizer(str(tokenizer_dir), tokenizer_backend="huggingface")
     return len(tokenizer), build_compressed_token_map(tokenizer)[1]
+
+
+def with_chat_tokens(tokenizer_dir: Path, folder: Path) -> Path:
+    """A copy of the tokenizer in `folder` that holds what SGLang's encoding of V4.1's conversations needs, the vocabulary padded
+    to a multiple of 64."""
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    added = {token["content"] for token in tokenizer["added_tokens"]}
+    size = max([*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]) + 1
+    new = [token for token in _CHAT_TOKENS if token not in added]
+    new += [f"<｜reserved {number}｜>" for number in range(-(size + len(new)) % 64)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"] += [{"id": size + n, "content": token, **flags} for n, token in enumerate(new)]
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False))
+    return folder
 
 
 def tensors_v41(config: dict[str, Any], draw: RandomTensors) -> dict[str, torch.Tensor]:
@@ -196,9 +222,11 @@ def _vision(draw: RandomTensors, vision: dict[str, Any], hidden: int) -> None:
 @click.option("--experts", default=48, show_default=True, help="Of the target's layers; the draft has a third of them.")
 @click.option("--seed", default=0, show_default=True)
 def main(tokenizer_dir: Path, out_dir: Path, experts: int, seed: int) -> None:
-    config = nested_config(*vocabulary_of(tokenizer_dir), experts)
-    tensors = tensors_v41(config, RandomTensors(seed, device()))
-    write_stored(out_dir, tensors, config, tokenizer_dir=tokenizer_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = with_chat_tokens(tokenizer_dir, Path(folder))
+        config = nested_config(*vocabulary_of(tokenizer), experts)
+        tensors = tensors_v41(config, RandomTensors(seed, device()))
+        write_stored(out_dir, tensors, config, tokenizer_dir=tokenizer)
     click.echo(f"{folder_size(tensors)} in {out_dir}, seed {seed}")
 
 
