@@ -92,9 +92,10 @@ def answer(url: str, question: str, num_tokens: int) -> dict[str, Any]:
     }
 
 
-def answers(url: str, questions: Sequence[str], num_tokens: int) -> list[dict[str, Any]]:
-    """`answer` to every question, all asked at once."""
-    with ThreadPoolExecutor(len(questions)) as pool:
+def answers(url: str, questions: Sequence[str], num_tokens: int, at_once: int | None = None) -> list[dict[str, Any]]:
+    """`answer` to every question, so many asked at once (None: all). A few at once keep prefill and small decode batches taking
+    turns; one file asked with 1 and another with 8 show whether a server's answers depend on what runs beside them."""
+    with ThreadPoolExecutor(at_once or len(questions)) as pool:
         return list(pool.map(lambda question: answer(url, question, num_tokens), questions))
 
 
@@ -136,6 +137,7 @@ def summary(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) ->
         "tokens_compared": len(changes),
         "median_logprob_change": statistics.median(changes) if changes else None,
         "p99_logprob_change": changes[int(0.99 * (len(changes) - 1))] if changes else None,
+        "largest_logprob_change": changes[-1] if changes else None,
     }
     if gaps := [entry["gap"] for entry in parted if "gap" in entry]:
         result |= {"median_gap_where_they_part": statistics.median(gaps), "largest_gap_where_they_part": max(gaps)}
@@ -168,11 +170,21 @@ def main() -> None:
 @click.option("--vocab-size", default=100_000, show_default=True, help="Ids are drawn below this.")
 @click.option("--questions", type=click.Path(exists=True, path_type=Path), help="JSON Lines with `problem`: ask these instead.")
 @click.option("--num-questions", default=200, show_default=True, help="The first of them.")
-def ask(url: str, out: Path, seed: int, num_tokens: int, vocab_size: int, questions: Path | None, num_questions: int) -> None:
+@click.option("--at-once", type=click.IntRange(1), help="Questions that are asked at a time  [default: all]")
+def ask(
+    url: str,
+    out: Path,
+    seed: int,
+    num_tokens: int,
+    vocab_size: int,
+    questions: Path | None,
+    num_questions: int,
+    at_once: int | None,
+) -> None:
     """Ask the server at URL and write its answers to OUT."""
     if questions:
         problems = [json.loads(line)["problem"] for line in questions.read_text().splitlines()[:num_questions]]
-        found = {"asked": [questions.name, len(problems)], "answers": answers(url, problems, num_tokens)}
+        found = {"asked": [questions.name, len(problems)], "answers": answers(url, problems, num_tokens, at_once)}
         said = f"{len(problems)} answers"
     else:
         asked = [greedy(url, input_ids, num_tokens) for input_ids in prompts(seed, vocab_size)]

@@ -88,6 +88,13 @@ def traffic(url: str, concurrency: int, seed: int) -> Iterator[list[Reply]]:
                 worker.result()
 
 
+def wait_for_more(replies: Sequence[Reply], count: int, timeout: float = 60.0) -> None:
+    """Until so many more have come, or `timeout` seconds are over."""
+    wanted, end = len(replies) + count, time.monotonic() + timeout
+    while len(replies) < wanted and time.monotonic() < end:
+        time.sleep(0.1)
+
+
 def weights_of(sent: Sequence[float], again: Sequence[float]) -> str:
     """ "new", "old" or "mixed": log probabilities as sent against those under the new weights, block by block."""
     changes = [abs(a - b) for a, b in zip(sent, again, strict=True)]

@@ -190,7 +190,7 @@ def step_load(run: Run) -> Found:
         with refresh_load.traffic(run.url, run.concurrency, seed=number) as replies:
             time.sleep(run.settle)
             found += run.refused(mode, update())
-            time.sleep(run.settle)
+            refresh_load.wait_for_more(replies, 2 * run.concurrency)  # those running now may be of both weights
         counts[mode] = refresh_load.judge(run.url, replies)
         found += refresh_load.problems(mode, counts[mode]) + run.back()
     return {**counts, "problems": found}
