@@ -1,6 +1,7 @@
 """The table of the CUDA kernels, end to end, with the CPU host in SGLang's place: servers, questions, comparison, table."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -117,3 +118,21 @@ def test_rows_name_kernels_backends_and_mistakes(tmp_path: Path) -> None:
     wrong = gpu.sabotaged_row("clamp missing", tiny_model(), "w4a16", tmp_path)
     assert wrong.sabotage and wrong.folder == "clamp-missing" and (wrong.model / "config.json").exists()
     assert gpu.sabotaged_row("clamp missing", tiny_model(), "w4a16", tmp_path) == wrong  # again: what is there is kept
+
+
+@pytest.mark.parametrize(
+    ("change", "second", "depends"),
+    [(0.0, -9.0, False), (0.3, -9.0, False), (0.7, -9.0, True), (None, -0.4, False), (None, -9.0, True)],
+    ids=["equal", "rounding", "another token's probability", "another token at a near tie", "another token"],
+)
+def test_answers_that_depend_on_their_batch_are_noticed(tmp_path: Path, change, second: float, depends: bool) -> None:
+    """What the H200 showed on 2026-11-29: answers asked all at once were right, those asked one after the other were not."""
+
+    def answers(tokens: list[int], logprob: float) -> list[dict]:
+        return [{"prompt_tokens": 3, "tokens": tokens, "logprobs": [-0.1, logprob], "second_logprobs": [-5.0, second]}] * 70
+
+    few = answers([7, 9] if change is None else [7, 8], -0.1 - (change or 0.0))
+    for name, found in (("w4a16", answers([7, 8], -0.1)), ("w4a16-few", few[: gpu.FEW])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    assert gpu.depends_on_its_batch({"few_at_a_time": gpu.in_small_batches(tmp_path, "w4a16")}) is depends
+    assert not gpu.depends_on_its_batch({"name": "reference"})

@@ -44,6 +44,11 @@ MODEL, QUESTIONS = DATA / "gpu_dsv4", DATA / "word_problems_hard.jsonl"
 README = DATA.parent / "README.md"
 EXACT = "exact"
 COMPARED, NUM_TOKENS = 200, 64  # answers whose log probabilities are kept, and the most tokens of one
+FEW, AT_ONCE = 64, 8  # answers that are asked again so many at a time: small decode batches, taking turns with prefills
+EAGER = ("reference", EXACT)  # not asked again: a third of a second a step
+MAX_CHANGE, MAX_GAP = 0.5, 1.0
+"""What may differ between answers asked together and a few at a time: a chosen token's log probability (0.1 to 0.3 is rounding of
+other batches), and how far its two best tokens are apart where answers part (a near tie)."""
 CONCURRENCY = 400  # a step of the reference takes its third of a second for one answer as for 400
 # Questions and answers take less than a page of 256 tokens each, and a tenth of the pool is for the sliding window. The pool is
 # capped in tokens: with several servers on one GPU, SGLang's own sizing would read what the others leave it.
@@ -94,10 +99,12 @@ def sabotaged_row(name: str, model: Path, kernel: str, out: Path) -> Row:
     return Row(name, checkpoint, BACKEND, {"HOPPER_MOE_KERNEL": kernel}, sabotage=True)
 
 
-def ask(url: str, out: Path, name: str, checkpoint: str, num_examples: int | None, data: Path, compared: int) -> str:
+def ask(
+    url: str, out: Path, name: str, checkpoint: str, few: bool, *, num_examples: int | None, data: Path, compared: int
+) -> str:
     """All questions to one server, in a process of its own: graders need the main thread. Returns what went wrong, or nothing.
 
-    The first `compared` are asked once more, for the log probability of each token.
+    The first `compared` are asked once more, for the log probability of each token, and with `few` some of them in small batches.
     """
     how = Asking(data=data, num_examples=num_examples, concurrency=CONCURRENCY)
     status, _ = run_benchmark("word_problems", f"{url}/v1", how, out=out / name, recorded_url="own", checkpoint=checkpoint)
@@ -105,9 +112,11 @@ def ask(url: str, out: Path, name: str, checkpoint: str, num_examples: int | Non
         return f"asking ended with status {status}"
     if compared:
         problems = [json.loads(line)["problem"] for line in data.read_text().splitlines()[:compared]]
-        found = answers(url, problems, NUM_TOKENS)
-        (out / "log_probabilities").mkdir(exist_ok=True)
-        (out / "log_probabilities" / f"{name}.json").write_text(json.dumps(found))
+        folder = out / "log_probabilities"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(answers(url, problems, NUM_TOKENS)))
+        if few:
+            (folder / f"{name}-few.json").write_text(json.dumps(answers(url, problems[:FEW], NUM_TOKENS, AT_ONCE)))
     return ""
 
 
@@ -150,7 +159,8 @@ def ask_all(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ..
                 continue
             started[row.name] = server
             say(row, f"ready after {server.seconds_to_ready:.0f} s")
-            asked[pool.submit(ask, server.url, out, row.folder, fingerprint(str(row.model)), **what)] = row
+            few = not row.sabotage and row.name not in EAGER
+            asked[pool.submit(ask, server.url, out, row.folder, fingerprint(str(row.model)), few, **what)] = row
         for future in as_completed(asked):
             row, error = asked[future], future.exception()
             problem = f"{type(error).__name__}: {error}" if error else future.result()
@@ -171,11 +181,27 @@ def scored(row: Row, out: Path) -> dict[str, Any]:
     compare_folders(out / "reference", folder, MARGIN, folder / "compare")
     ours, theirs = (texts(out / name) for name in (row.folder, "reference"))
     found["same_text"] = sum(ours[question] == theirs[question] for question in theirs)
-    given = [out / "log_probabilities" / f"{name}.json" for name in (row.folder, "reference")]
+    kept = out / "log_probabilities"
+    if (kept / f"{row.folder}-few.json").exists():
+        found["few_at_a_time"] = in_small_batches(kept, row.folder)
+    given = [kept / f"{name}.json" for name in (row.folder, "reference")]
     if all(path.exists() for path in given):
         found["tokens"] = summary(*(json.loads(path.read_text()) for path in given))
     compared = json.loads((folder / "compare" / "compare.json").read_text())
     return found | {key: value for key, value in compared.items() if key not in ("a", "b")}  # paths of this machine
+
+
+def in_small_batches(kept: Path, name: str) -> dict[str, Any]:
+    """Answers asked a few at a time against the same server's asked all at once."""
+    few, all_at_once = (json.loads((kept / f"{name}{end}.json").read_text()) for end in ("-few", ""))
+    return summary(few, all_at_once[: len(few)])
+
+
+def depends_on_its_batch(row: dict[str, Any]) -> bool:
+    """Whether answers asked a few at a time are others than rounding explains; of a scored row."""
+    found = row.get("few_at_a_time", {})
+    changed = (found.get("largest_logprob_change") or 0.0) > MAX_CHANGE
+    return changed or found.get("largest_gap_where_they_part", 0.0) > MAX_GAP
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -235,9 +261,12 @@ def main(
     for row in found:
         if "same_text" in row:
             click.echo(f"{row['name']}: {row['same_text']} answers in the reference's very words; {row.get('tokens', '')}")
+        if "few_at_a_time" in row:
+            click.echo(f"{row['name']}, {AT_ONCE} at a time against all at once: {row['few_at_a_time']}")
     write_table(readme, "accuracy table, H200", table)
     plot(found, plots / "gpu_model_h200.png", "GPU model in stock SGLang, H200")
     bad = [row["name"] for row in found if "verdict" in row and (row["verdict"] == "worse") != row["sabotage"]]
+    bad += [f"{row['name']} (answers depend on what runs beside them)" for row in found if depends_on_its_batch(row)]
     if bad or wrong:
         raise SystemExit(f"not as it should be: {', '.join(bad) or 'nothing'}; went wrong: {wrong or 'nothing'}")
 
