@@ -131,6 +131,27 @@ def test_a_server_that_does_not_start_costs_the_benchmark_its_backend_only(tmp_p
     assert not started["good"].is_alive()
 
 
+def test_servers_that_fill_the_gpus_run_in_turn(tmp_path, sglang, monkeypatch):
+    sglang(FAKE)
+    alive: list[tuple[list[str], list[bool]]] = []
+    seen = []
+
+    def measure_all(started, *_) -> list[str]:
+        seen.extend(started.values())
+        alive.append((list(started), [server.is_alive() for server in seen]))
+        return []
+
+    monkeypatch.setattr(bench, "measure_all", measure_all)
+    monkeypatch.setattr(bench, "gpus_held", lambda _: {"gpus": 2})
+    options = ["model", "--backends", "a,b", "--port", str(free_port()), "--out", str(tmp_path), "--in-turn"]
+    result = CliRunner().invoke(bench.main, options)
+    assert result.exit_code == 0, result.output
+    assert alive == [(["a"], [True]), (["b"], [False, True])] and not any(server.is_alive() for server in seen)
+    assert [entry["gpus"] for entry in json.loads((tmp_path / "servers.json").read_text()).values()] == [2, 2]
+    result = CliRunner().invoke(bench.main, [*options, "--then", "true"])
+    assert result.exit_code == 2 and "--in-turn runs one at a time" in result.output
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "said"),
     [
@@ -248,6 +269,7 @@ def row(backend: str, concurrency: int, tpot: float, output_len: int = 256) -> d
     return {
         "backend": backend, "concurrency": concurrency, "input_len": 1024, "output_len": output_len, "median_tpot_ms": tpot,
         "median_itl_ms": tpot, "median_ttft_ms": 20.0, "output_throughput": 1000 / tpot, "input_throughput": 5000 / tpot,
+        "total_throughput": 6000 / tpot,
     }  # fmt: skip
 
 
@@ -256,16 +278,21 @@ def test_the_report_compares_with_the_better(tmp_path):
     rows[0]["decode_pace"], rows[2]["decode_pace"] = 600.0, 400.0
     rows += [row("hopper_moe", 1, 1.0), row("marlin", 1, 1.0), row("hopper_moe", 1, 4.0, 1), row("marlin", 1, 5.0, 1)]
     servers = {
-        b: {"gpu_gib": 20.0, "seconds_to_ready": 30.0, "weights_gib": 17.5} for b in ("hopper_moe", "marlin", "flashinfer_mxfp4")
+        b: {"gpu_gib": 20.0, "seconds_to_ready": 30.0, "weights_gib": 17.5, "gpus": 2}
+        for b in ("hopper_moe", "marlin", "flashinfer_mxfp4")
     }
+    servers["marlin"] |= {"available_after_load_gib": 90.0, "available_after_pool_gib": 50.5, "kv_tokens": 2097152.0}
     (tmp_path / "serving.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "servers.json").write_text(json.dumps(servers))
     result = CliRunner().invoke(report.main, [str(tmp_path)])
     assert result.exit_code == 0, result.output
     lines = (tmp_path / "serving.md").read_text().splitlines()
-    assert lines[2].startswith("| 1 |") and lines[3].startswith("| 64 | 2.10 (2.00-2.20), 2.10, 20; 477; 600 |")
+    assert lines[2].startswith("| 1, 1024 |") and lines[3].startswith("| 64, 1024 | 2.10 (2.00-2.20), 2.10, 20; 477; 600 |")
     assert lines[3].endswith("| 1.19x | 1.50x |")  # median of 1000/2 and 1000/2.2, against 400; 600 against 400
     assert any(line.startswith("| 1024 | 20.0, 1250 | 20.0, 1000 |  | 1.25x |") for line in lines)
+    assert {"| 64, 1024 | 1432 | 1000 | 1200 | 1.19x |", "| KV pool |  | 39.50 |  |", "| tokens in it |  | 2097152 |  |"} <= {
+        *lines
+    }
     assert (tmp_path / "serving.png").stat().st_size > 1000
 
 

@@ -4,8 +4,9 @@
     python -m hopper_moe.eval.serving_bench.bench MODEL --out DIR
     python -m hopper_moe.eval.serving_bench.report DIR        # table and plot
 
-All servers live on the GPU at once and one is loaded at a time, round after round, so that a drift of the machine meets all.
-First the prompts and the largest batches run unmeasured, with short answers. Everything after `--` goes to every server.
+All servers live on the GPU at once and one is loaded at a time, round after round, so that a drift of the machine meets all; with
+--in-turn each is started when the one before it is gone, for models of which only one fits. First the prompts and the largest
+batches run unmeasured, with short answers. Everything after `--` goes to every server.
 """
 
 from __future__ import annotations
@@ -91,26 +92,27 @@ def start_all(
     return started, problems
 
 
-def gpu_gib(server: ServerProcess) -> float | None:
-    """GiB of GPU memory that the server's processes hold, by the driver's count; None where it does not say."""
+def gpus_held(server: ServerProcess) -> dict[str, float]:
+    """`gpus` that the server's processes are on, and `gpu_gib` of memory that they hold there, by the driver's count; empty where
+    it does not say."""
     import pynvml
 
     pynvml.nvmlInit()
     try:
         handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        entries = [entry for handle in handles for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+        running = [pynvml.nvmlDeviceGetComputeRunningProcesses(handle) for handle in handles]
     finally:
         pynvml.nvmlShutdown()
     family = {process.pid for process in server.family()}
-    mine = [entry.usedGpuMemory for entry in entries if entry.pid in family and entry.usedGpuMemory is not None]
-    return sum(mine) / 2**30 if mine else None
+    held = [[e.usedGpuMemory for e in entries if e.pid in family and e.usedGpuMemory is not None] for entries in running]
+    return {"gpus": sum(map(bool, held)), "gpu_gib": sum(map(sum, held)) / 2**30} if any(held) else {}
 
 
 def describe(server: ServerProcess, together: bool) -> dict[str, Any]:
     """What a server takes. SGLang reads its figures off the free memory of the GPU: with servers that start together they are
     left out, and only what the driver counts for the processes is kept."""
     facts = {name: value for name, value in log_facts(server.said()).items() if not together or name in OWN_FACTS}
-    return {"command": server.command, "seconds_to_ready": server.seconds_to_ready, "gpu_gib": gpu_gib(server), **facts}
+    return {"command": server.command, "seconds_to_ready": server.seconds_to_ready, **gpus_held(server), **facts}
 
 
 @click.command(cls=RefusingCommand, help=__doc__)
@@ -123,6 +125,7 @@ def describe(server: ServerProcess, together: bool) -> dict[str, Any]:
 @click.option("--rounds", default=ROUNDS, show_default=True)
 @click.option("--port", default=30000, show_default=True, help="Of the first server; each one more has a port 100 higher.")
 @click.option("--stagger", type=float, help="Seconds between starts  [default: start the next when the last answers]")
+@click.option("--in-turn", is_flag=True, help="One server at a time, all its rounds: for models that fill the GPUs.")
 @click.option("--seconds", default=3600.0, show_default=True, help="Begin no load after this many.")
 @commit_option
 @click.option("--then", help="Shell command to run afterwards; it sees the servers as URL_MARLIN and so on, and OUT.")
@@ -138,6 +141,7 @@ def main(
     rounds: int,
     port: int,
     stagger: float | None,
+    in_turn: bool,
     seconds: float,
     commit: str,
     then: str | None,
@@ -146,15 +150,20 @@ def main(
 ) -> None:
     lengths = numbers("--input-len", input_len)
     planned, names = loads(numbers("--concurrency", concurrency), lengths, output_len, batches), backends.split(",")
+    if in_turn and then:
+        raise Refusal("--then sees all servers at once, and --in-turn runs one at a time: give one of them.")
     out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(len(names)) as pool, servers() as group:  # in this order: stopped servers end every wait
-        started, problems = start_all(group, pool, model, names, out, port, stagger, sglang_arguments)
-        described = {backend: describe(server, together=stagger is not None) for backend, server in started.items()}
-        (out / "servers.json").write_text(json.dumps(described, indent=1) + "\n")
-        problems += measure_all(started, model, planned, rounds, seconds, commit, out)
-        if then:
-            urls = {f"URL_{backend.upper()}": server.url for backend, server in started.items()}
-            subprocess.run(then, shell=True, env={**os.environ, **urls, "OUT": str(out)})
+    described: dict[str, Any] = {}
+    problems: list[str] = []
+    for some in [[name] for name in names] if in_turn else [names]:
+        with ThreadPoolExecutor(len(some)) as pool, servers() as group:  # in this order: stopped servers end every wait
+            started, failed = start_all(group, pool, model, some, out, port, stagger, sglang_arguments)
+            described |= {backend: describe(server, together=stagger is not None) for backend, server in started.items()}
+            (out / "servers.json").write_text(json.dumps(described, indent=1) + "\n")
+            problems += failed + measure_all(started, model, planned, rounds, seconds, commit, out)
+            if then:
+                urls = {f"URL_{backend.upper()}": server.url for backend, server in started.items()}
+                subprocess.run(then, shell=True, env={**os.environ, **urls, "OUT": str(out)})
     if problems:
         raise click.ClickException("\n".join(problems))
 

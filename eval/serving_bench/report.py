@@ -31,7 +31,9 @@ def cells(rows: list[dict[str, Any]]) -> dict[tuple[int, int, int], dict[str, Ce
 
 
 def _median(rows: list[dict[str, Any]]) -> Cell:
-    figures = ("median_tpot_ms", "median_itl_ms", "median_ttft_ms", "output_throughput", "input_throughput")
+    figures = (
+        "median_tpot_ms", "median_itl_ms", "median_ttft_ms", "output_throughput", "input_throughput", "total_throughput"
+    )  # fmt: skip
     cell = {name: statistics.median(row[name] for row in rows) for name in figures}
     tpots = [row["median_tpot_ms"] for row in rows]
     paces = [row["decode_pace"] for row in rows if row.get("decode_pace")]
@@ -42,35 +44,55 @@ def _median(rows: list[dict[str, Any]]) -> Cell:
 def markdown(rows: list[dict[str, Any]], servers: dict[str, Any]) -> str:
     """The decode table (times in ms, range over rounds), the prefill table, and the memory table; no line without a value.
 
-    "decoding": the server's own pace with all requests running; the rest is what the client saw.
+    "decoding": the server's own pace with all requests running; the rest is what the client saw. "total" counts prompts too.
     """
     found, backends = sorted(cells(rows).items()), list(servers)
     heads = [f"{b}: TPOT (range), ITL, TTFT ms; out tok/s; decoding tok/s" for b in backends]
-    decode = [_head("concurrency", [*heads, "against the better: out", "decoding"])]
+    decode = [_head("concurrency, prompt", [*heads, "against the better: out", "decoding"])]
+    total = [_head("concurrency, prompt", [f"{b}: total tok/s per GPU" for b in backends] + ["against the better"])]
+    gpus = {backend: servers[backend].get("gpus") for backend in backends}
     prefill = [_head("prompt", [f"{b}: TTFT ms, in tok/s" for b in backends] + ["against the better"])]
     for (concurrency, input_len, output_len), per in found:
         if output_len > 1:
             shown = [_decode(per[b]) if b in per else "" for b in backends]
-            decode.append(_line(concurrency, [*shown, _ratio(per, "output_throughput"), _ratio(per, "decode_pace")]))
+            decode.append(
+                _line(f"{concurrency}, {input_len}", [*shown, _ratio(per, "output_throughput"), _ratio(per, "decode_pace")])
+            )
+            for backend, cell in per.items():
+                if gpus.get(backend):
+                    cell["per_gpu"] = cell["total_throughput"] / gpus[backend]
+            shown = [f"{per[b]['per_gpu']:.0f}" if "per_gpu" in per.get(b, {}) else "" for b in backends]
+            if any(shown):
+                total.append(_line(f"{concurrency}, {input_len}", [*shown, _ratio(per, "per_gpu")]))
         else:
             shown = [f"{per[b]['median_ttft_ms']:.1f}, {per[b]['input_throughput']:.0f}" if b in per else "" for b in backends]
             prefill.append(_line(input_len, [*shown, _ratio(per, "input_throughput")]))
     memory = [_head("GiB", backends)]
     for name, label in _MEMORY.items():
-        values = [servers[b].get(name) for b in backends]
+        values = [_with_pool(servers[b]).get(name) for b in backends]
         if any(value is not None for value in values):
-            memory.append(_line(label, [f"{value:.2f}" if value is not None else "" for value in values]))
-    return "\n\n".join("\n".join(table) for table in (decode, prefill, memory) if len(table) > 1) + "\n"
+            memory.append(
+                _line(label, ["" if value is None else f"{value:.2f}" if value < 1000 else f"{value:.0f}" for value in values])
+            )
+    return "\n\n".join("\n".join(table) for table in (decode, total, prefill, memory) if len(table) > 1) + "\n"
 
 
 _MEMORY = {
     "weights_gib": "model weights",
     "packed_gib": "packed experts",
     "workspace_gib": "kernel workspace",
+    "pool_gib": "KV pool",
+    "kv_tokens": "tokens in it",
     "graph_gib": "CUDA graphs",
     "gpu_gib": "all processes of the server",
     "seconds_to_ready": "seconds to ready",
 }
+
+
+def _with_pool(server: dict[str, Any]) -> dict[str, Any]:
+    """With what the KV pool took, from the free memory before and after."""
+    before, after = server.get("available_after_load_gib"), server.get("available_after_pool_gib")
+    return server if before is None or after is None else server | {"pool_gib": before - after}
 
 
 def _line(first: object, values: list[str]) -> str:
