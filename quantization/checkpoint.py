@@ -35,9 +35,7 @@ def write_checkpoint(
     path: str | Path,
     state: Mapping[str, torch.Tensor],
     config: Mapping[str, Any],
-    *,
-    tokenizer_dir: str | Path | None = None,
-    max_shard_bytes: int = 4 << 30,
+    **how: Any,
 ) -> Path:
     """Write a checkpoint folder and validate it with the same rules as any other checkpoint.
 
@@ -47,7 +45,7 @@ def write_checkpoint(
             UE8M0 scales), of attention and shared-expert linears E4M3 in 128 x 128 blocks with UE8M0 scales, the rest BF16, FP32
             (norms, hyper-connections, sinks, biases) or int64 (hash routing). A weight with its `.scale` is kept as it is.
         config: the content of config.json (`checkpoint_names.original_config`).
-        tokenizer_dir: folder whose tokenizer files and chat template are copied in.
+        how: see `write_stored`.
 
     Raises:
         Refusal: the folder holds weights, the config declares other types, or the checkpoint would not be valid.
@@ -58,7 +56,7 @@ def write_checkpoint(
             f"{config.get('quantization_config')!r}: checkpoints written here have expert_dtype='fp4' and quantization_config="
             f"{QUANTIZATION_CONFIG}."
         )
-    return write_stored(path, _stored(state), config, tokenizer_dir=tokenizer_dir, max_shard_bytes=max_shard_bytes)
+    return write_stored(path, _stored(state), config, **how)
 
 
 def write_stored(
@@ -69,7 +67,10 @@ def write_stored(
     tokenizer_dir: str | Path | None = None,
     max_shard_bytes: int = 4 << 30,
 ) -> Path:
-    """The same for tensors that already have the names and types of the checkpoint, of any supported model; on the CPU."""
+    """The same for tensors that already have the names and types of the checkpoint, of any supported model; on the CPU.
+
+    `tokenizer_dir`: folder whose tokenizer files and chat template are copied in.
+    """
     folder = Path(path)
     if any(folder.glob("*.safetensors")):
         raise Refusal(f"{folder} already holds .safetensors files: give a new folder.")

@@ -157,9 +157,7 @@ def score_difference(ours: list[float], theirs: list[float]) -> dict[str, float]
     }
 
 
-@click.group(help=__doc__)
-def main() -> None:
-    pass
+main = click.Group(help=__doc__)
 
 
 @main.command(cls=RefusingCommand)

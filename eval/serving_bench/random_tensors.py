@@ -6,7 +6,10 @@ Every weight of [rows, k] has a standard deviation of about k**-0.5, so that act
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
+import click
 import torch
 
 _E2M1_RMS = 2.926  # of the 16 codes, each as likely
@@ -80,6 +83,23 @@ class RandomTensors:
         rows = (links * rows + (1 - links**2).sqrt() * self.normal(vocab_size, hidden_size)) * hidden_size**-0.5
         self.keep(head, torch.empty_like(rows).index_copy_(0, successor, rows))
         return successor
+
+
+def checkpoint_arguments(experts: int, about_experts: str) -> Callable[[Callable], Callable]:
+    """What the commands that write a checkpoint take: tokenizer_dir, out_dir, experts, seed."""
+    given = (
+        click.argument("tokenizer_dir", type=click.Path(exists=True, file_okay=False, path_type=Path)),
+        click.argument("out_dir", type=click.Path(path_type=Path)),
+        click.option("--experts", default=experts, show_default=True, help=about_experts),
+        click.option("--seed", default=0, show_default=True),
+    )
+
+    def decorate(function: Callable) -> Callable:
+        for add in reversed(given):
+            function = add(function)
+        return function
+
+    return decorate
 
 
 def free_token(vocab_size: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 import torch
 
-from hopper_moe.eval.serving_bench.random_tensors import RandomTensors, device, folder_size
+from hopper_moe.eval.serving_bench.random_tensors import RandomTensors, checkpoint_arguments, device, folder_size
 from hopper_moe.quantization.checkpoint import write_stored
 
 _SHARE = 0.5  # of the last hidden state's length that is still the token's embedding; guessed
@@ -95,10 +95,7 @@ def vocabulary_of(tokenizer_dir: Path) -> int:
 
 
 @click.command(help=__doc__)
-@click.argument("tokenizer_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--experts", default=32, show_default=True, help="A multiple of 8, at least 16: eight groups.")
-@click.option("--seed", default=0, show_default=True)
+@checkpoint_arguments(32, "A multiple of 8, at least 16: eight groups.")
 def main(tokenizer_dir: Path, out_dir: Path, experts: int, seed: int) -> None:
     config = config_v3(vocabulary_of(tokenizer_dir), experts)
     tensors = tensors_v3(config, RandomTensors(seed, device()))

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from hopper_moe.eval.serving_bench.random_tensors import RandomTensors, device, folder_size, free_token
+from hopper_moe.eval.serving_bench.random_tensors import RandomTensors, checkpoint_arguments, device, folder_size, free_token
 from hopper_moe.quantization.checkpoint import write_stored
 
 STAGES = 3
@@ -217,10 +217,7 @@ def _vision(draw: RandomTensors, vision: dict[str, Any], hidden: int) -> None:
 
 
 @click.command(help=__doc__)
-@click.argument("tokenizer_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--experts", default=48, show_default=True, help="Of the target's layers; the draft has a third of them.")
-@click.option("--seed", default=0, show_default=True)
+@checkpoint_arguments(48, "Of the target's layers; the draft has a third of them.")
 def main(tokenizer_dir: Path, out_dir: Path, experts: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = with_chat_tokens(tokenizer_dir, Path(folder))

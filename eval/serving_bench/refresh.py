@@ -30,9 +30,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.group(help=__doc__)
-def main() -> None:
-    pass
+main = click.Group(help=__doc__)
 
 
 @main.command(cls=RefusingCommand)

@@ -54,3 +54,22 @@ def clean_environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def reference_in_place_of_fp8_mega(monkeypatch) -> None:
+    """Launches take `fp8_mega`, and the reference its place, on the very tensors that the kernel would get; so does the
+    self-check."""
+    from hopper_moe.kernels.reference import moe_layer
+    from hopper_moe.moe_backends.runners.fp8_mega import Fp8MegaRunner
+
+    def prepare(self, experts, shard):
+        self.given = experts, shard
+
+    def run(self, x, ids, weights):
+        experts, shard = self.given
+        return moe_layer(x, ids, weights, experts, swiglu_limit=shard.swiglu_limit, first_expert=shard.first_expert)
+
+    monkeypatch.setattr(Fp8MegaRunner, "prepare", prepare)
+    monkeypatch.setattr(Fp8MegaRunner, "run", run)
+    monkeypatch.setenv("HOPPER_MOE_KERNEL", "fp8_mega")

@@ -28,6 +28,7 @@ from hopper_moe.quantization.checkpoint_names import QUANTIZATION_CONFIG
 torch.set_num_threads(1)  # a forked child would wait forever for the threads of a pool that stayed in its parent
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, FACTOR, LIMIT = 384, 256, 16, 4, 1.5, 1.0
+SIZES = {"w1": (INTERMEDIATE, HIDDEN), "w3": (INTERMEDIATE, HIDDEN), "w2": (HIDDEN, INTERMEDIATE)}  # of one expert
 SHARED = [f"model.layers.0.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")]  # BF16: FP8 linears need a GPU
 
 
@@ -249,11 +250,7 @@ def random_checkpoint(seed: int, exponents: tuple[int, int] = (120, 123)) -> Che
     rng = torch.Generator().manual_seed(seed)
     tensors = {}
     for expert in range(EXPERTS):
-        for shard, (rows, k) in {
-            "w1": (INTERMEDIATE, HIDDEN),
-            "w3": (INTERMEDIATE, HIDDEN),
-            "w2": (HIDDEN, INTERMEDIATE),
-        }.items():
+        for shard, (rows, k) in SIZES.items():
             name = f"layers.0.ffn.experts.{expert}.{shard}"
             tensors[f"{name}.weight"] = torch.randint(0, 256, (rows, k // 2), generator=rng, dtype=torch.uint8).view(torch.int8)
             scale = torch.randint(exponents[0], exponents[1] + 1, (rows, k // 32), generator=rng, dtype=torch.uint8)
@@ -261,6 +258,17 @@ def random_checkpoint(seed: int, exponents: tuple[int, int] = (120, 123)) -> Che
     gate = torch.randn(EXPERTS, HIDDEN, generator=rng) / HIDDEN**0.5
     shared = [torch.randn(shape, generator=rng).bfloat16() / 32 for shape in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))]
     return Checkpoint(tensors, gate, torch.randn(EXPERTS, generator=rng) / 8, tuple(shared))
+
+
+def random_fp8_tensors(seed: int) -> dict[str, torch.Tensor]:
+    """A layer's experts in the original naming: E4M3 and one FP32 scale per 128 x 128."""
+    rng, found = torch.Generator().manual_seed(seed), {}
+    for expert in range(EXPERTS):
+        for shard, (rows, columns) in SIZES.items():
+            name = f"layers.0.ffn.experts.{expert}.{shard}"
+            found[f"{name}.weight"] = torch.randn(rows, columns, generator=rng).to(torch.float8_e4m3fn)
+            found[f"{name}.scale"] = torch.rand(rows // 128, columns // 128, generator=rng) + 0.5
+    return found
 
 
 def load(experts: Any, tensors: dict[str, torch.Tensor]) -> None:

@@ -10,8 +10,6 @@ import stock
 import torch
 from stock import EXPERTS, HIDDEN, INTERMEDIATE
 
-from hopper_moe.kernels.reference import moe_layer
-from hopper_moe.moe_backends.runners.fp8_mega import Fp8MegaRunner
 from hopper_moe.quantization.codecs import dequantize_fp8_blocks
 from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.packing_fp8 import PackedFp8Experts, unpack_fp8_w2, unpack_fp8_w13
@@ -20,32 +18,13 @@ SIZES = {"w1": (INTERMEDIATE, HIDDEN), "w3": (INTERMEDIATE, HIDDEN), "w2": (HIDD
 
 
 @pytest.fixture(autouse=True)
-def reference_in_place_of_the_kernel(monkeypatch):
-    """The kernel's place is taken by the reference on the very tensors that the kernel would get; the self-check runs on it."""
-
-    def prepare(self, experts, shard):
-        self.given = experts, shard
-
-    def run(self, x, ids, weights):
-        experts, shard = self.given
-        return moe_layer(x, ids, weights, experts, swiglu_limit=shard.swiglu_limit, first_expert=shard.first_expert)
-
-    for method in (prepare, run):
-        monkeypatch.setattr(Fp8MegaRunner, method.__name__, method)
-    os.environ["HOPPER_MOE_KERNEL"] = "fp8_mega"
+def _reference(reference_in_place_of_fp8_mega):
+    """In every test here."""
 
 
 @pytest.fixture(scope="module")
 def tensors(seed) -> dict[str, torch.Tensor]:
-    """A random FP8 layer in the original naming: E4M3 and one FP32 scale per 128 x 128."""
-    rng = torch.Generator().manual_seed(seed)
-    found = {}
-    for expert in range(EXPERTS):
-        for shard, (rows, columns) in SIZES.items():
-            name = f"layers.0.ffn.experts.{expert}.{shard}"
-            found[f"{name}.weight"] = torch.randn(rows, columns, generator=rng).to(torch.float8_e4m3fn)
-            found[f"{name}.scale"] = torch.rand(rows // 128, columns // 128, generator=rng) + 0.5
-    return found
+    return stock.random_fp8_tensors(seed)
 
 
 @pytest.fixture(scope="module")

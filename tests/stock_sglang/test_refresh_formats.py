@@ -11,7 +11,7 @@ import stock
 import torch
 from refresh_rig import Server, contents, loaded, pointers, same, shuffled
 from safetensors.torch import save_file
-from stock import EXPERTS, HIDDEN, INTERMEDIATE
+from stock import EXPERTS
 from test_refresh import BAD, EP4, NAME, bytes_changed, spread
 
 from hopper_moe.moe_backends.runners.fp8_mega import Fp8MegaRunner
@@ -87,23 +87,12 @@ def test_w4a16(model, old, new, tmp_path, no_kernel):
     assert refreshed(stock.resolve(model), tmp_path, old, new)
 
 
-def fp8(seed: int) -> Tensors:
-    rng, found = torch.Generator().manual_seed(seed), {}
-    for expert in range(EXPERTS):
-        for shard, (rows, columns) in {
-            "w1": (INTERMEDIATE, HIDDEN),
-            "w3": (INTERMEDIATE, HIDDEN),
-            "w2": (HIDDEN, INTERMEDIATE),
-        }.items():
-            found[NAME.format(expert, shard, "weight")] = torch.randn(rows, columns, generator=rng).to(torch.float8_e4m3fn)
-            found[NAME.format(expert, shard, "scale")] = torch.rand(rows // 128, columns // 128, generator=rng) + 0.5
-    return found
-
-
 def test_fp8(seed, tmp_path, no_kernel):
     os.environ["HOPPER_MOE_KERNEL"] = "fp8_mega"
     args = stock.resolve(stock.write_model(tmp_path / "model", "F8_E4M3"))
-    assert refreshed(args, tmp_path, fp8(seed), fp8(seed + 1), quant_config=stock.quant_config(is_fp4=False))
+    assert refreshed(
+        args, tmp_path, *map(stock.random_fp8_tensors, (seed, seed + 1)), quant_config=stock.quant_config(is_fp4=False)
+    )
 
 
 def test_from_disk(model, old, new, tmp_path):

@@ -12,8 +12,6 @@ import torch
 from stock import EXPERTS, HIDDEN, INTERMEDIATE, ROUNDING, TOP_K
 
 from hopper_moe.eval.serving_bench.random_v3 import config_v3
-from hopper_moe.kernels.reference import moe_layer
-from hopper_moe.moe_backends.runners.fp8_mega import Fp8MegaRunner
 from hopper_moe.quantization.codecs import dequantize_fp8_blocks
 
 FACTOR = 2.5
@@ -33,19 +31,8 @@ LAUNCHES = {"one GPU": (1, ()), "TP 2": (2, ("--tp-size", "2")), "EP 2": (2, ("-
 
 
 @pytest.fixture(autouse=True)
-def reference_in_place_of_the_kernel(monkeypatch):
-    """On the very tensors that the kernel would get."""
-
-    def prepare(self, experts, shard):
-        self.given = experts, shard
-
-    def run(self, x, ids, weights):
-        experts, shard = self.given
-        return moe_layer(x, ids, weights, experts, swiglu_limit=shard.swiglu_limit, first_expert=shard.first_expert)
-
-    monkeypatch.setattr(Fp8MegaRunner, "prepare", prepare)
-    monkeypatch.setattr(Fp8MegaRunner, "run", run)
-    monkeypatch.setenv("HOPPER_MOE_KERNEL", "fp8_mega")
+def _reference(reference_in_place_of_fp8_mega):
+    """In every test here."""
 
 
 @pytest.fixture(params=FAMILY)
