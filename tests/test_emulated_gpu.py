@@ -30,7 +30,7 @@ from mega_moe_rig import FACTOR, PAIRS, RANDOM_EXPERTS, read_dispatched, read_hi
 from hopper_moe.kernels import reference
 from hopper_moe.kernels.benchmarks.workload import ModelShape, random_checkpoint, widen_rows
 from hopper_moe.kernels.failure import PeerTimeout
-from hopper_moe.kernels.reference_stages import combine_slots, expert_hidden
+from hopper_moe.kernels.reference_stages import HiddenStage, combine_slots, expert_hidden
 from hopper_moe.kernels.reference_weights import Mxfp4Experts
 from hopper_moe.kernels.tile_table import TILES, forced_tile
 from hopper_moe.quantization.packing import PackedExperts, WidePackedExperts, pack_experts
@@ -40,7 +40,10 @@ from hopper_moe.quantization.packing_fp8 import PackedFp8Experts
 # moves its token by up to 1 %. With FP8 combine a slot at a border moves by a step of E4M3.
 MAX_RELATIVE_L2, MAX_WITH_FP8_COMBINE = 1.5e-2, 3e-2
 MANY, MAX_OF_MANY = 64, 2.5e-3  # tokens, over which it evens out
-MAX_OTHER_BYTES = 3, 2e-4  # of h: so many, and this share
+MAX_OTHER_BYTES = 3, 2e-4  # of h: so many, and this share, where the scale is the same
+# h is BF16 before it is quantised. Where a group's largest value crosses a border of BF16 (a sum of 256 products is off by 1e-6,
+# a step is 4e-3 to 8e-3), the whole group has a scale one step away, and one byte in sixteen is another.
+MAX_OTHER_SCALES, BF16_STEP, FP32_ROUNDING = (3, 2e-3), 2**-7, 2**-20
 
 SHAPES = {
     "odd": ModelShape(640, 384, 7, 3, 7, 2.0),  # five blocks of k, three of h, two column groups
@@ -79,6 +82,16 @@ def random_experts(shape: ModelShape, options: dict, generator: torch.Generator)
     return RANDOM_EXPERTS[options.pop("weights", PackedExperts)](shape, shape.num_experts, generator, "cpu")
 
 
+def assert_hidden_agrees(got: HiddenStage, want: HiddenStage) -> None:
+    off = (got.h_scale - want.h_scale).abs()
+    moved = off > FP32_ROUNDING * want.h_scale
+    assert moved.sum() <= MAX_OTHER_SCALES[0] + MAX_OTHER_SCALES[1] * moved.numel()
+    assert (off <= BF16_STEP * want.h_scale).all()
+    others = got.hq.view(torch.uint8) != want.hq.view(torch.uint8)
+    others = others.unflatten(-1, (moved.shape[-1], -1))[~moved]
+    assert others.sum() <= MAX_OTHER_BYTES[0] + MAX_OTHER_BYTES[1] * others.numel()
+
+
 @pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize("name, num_tokens, routing, option", CASES)
 def test_layer(gpus, generator, seed, name, num_tokens, routing, option):
@@ -101,8 +114,7 @@ def test_layer(gpus, generator, seed, name, num_tokens, routing, option):
     if num_tokens and option in ("bf16", "pairs", "fp8_weights", "wide_weights"):
         tokens = read_dispatched(rank, num_tokens)
         (h,) = expert_hidden([tokens], [experts], num_experts=shape.num_experts, swiglu_limit=shape.swiglu_limit)
-        others = read_hidden(rank, batch.topk_ids).hq.view(torch.uint8) != h.hq.view(torch.uint8)
-        assert others.sum() <= MAX_OTHER_BYTES[0] + MAX_OTHER_BYTES[1] * others.numel()
+        assert_hidden_agrees(read_hidden(rank, batch.topk_ids), h)
         assert torch.equal(y, combine_slots(read_slots(rank, batch.topk_ids), batch.topk_ids))
 
 
