@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
-from trainer_server import TrainerServer, serialize
+from trainer_server import StubGroup, TrainerServer, serialize
 
 from hopper_moe.eval.serving_bench import refresh, refresh_load, refresh_steps
 from hopper_moe.eval.serving_bench.refresh_bad import BAD_UPDATES, NOT_SERVED, UNCHANGED, BadUpdate, with_nan
@@ -122,7 +123,8 @@ def test_what_a_load_concludes():
 
 def run_of(server: TrainerServer, same: Path, other: Path, bits: dict) -> Run:
     calls = WeightCalls(server.url.removesuffix("/v1"), serialize=serialize)
-    run = Run(calls, same, other, bits, server.log, times=3, bucket_bytes=600, device="cpu", look=server.look, settle=0.2)
+    stubs = {"look": server.look, "join": partial(StubGroup, server)}
+    run = Run(calls, same, other, bits, server.log, times=3, bucket_bytes=600, device="cpu", settle=0.2, **stubs)
     assert run.before
     return run
 
@@ -161,6 +163,26 @@ def test_every_step_passes(tmp_path, same, other, two_bad_updates):
     assert bad["answers"]["bad"] == {"answer": "bad is bad", "state": NOT_SERVED}
 
 
+def test_the_step_that_broadcasts(tmp_path, same, other):
+    with TrainerServer(same, tmp_path / "log") as server:
+        run = run_of(server, same, other, recorded(other, tmp_path))
+        found = STEPS["distributed"](run)
+        assert found["problems"] == [] and len(found["seconds"]) == 3 and found["bytes"] > 5000 and found["calls"] > 5
+        assert server.calls.count("update_weights_from_distributed") == 3 * found["calls"] and not server.groups
+        alone = STEPS["distributed"](replace(run, other_bits=None))
+        assert alone["problems"] == [] and len(alone["seconds"]) == 1 and alone["backend"] == "nccl"
+
+
+def test_after_a_refused_broadcast_the_step_ends_and_the_server_is_whole(tmp_path, same, other):
+    with TrainerServer(same, tmp_path / "log") as server:
+        bits = recorded(other, tmp_path)
+        save_file({"bad": torch.zeros(1)}, other / "z.safetensors")
+        run = run_of(server, same, other, bits)
+        found = STEPS["distributed"](run)
+        assert found["problems"] == ["other: refused (bad is bad)"] and len(found["seconds"]) == 2
+        assert refresh_steps.bits(run.url) == run.before and not server.groups and not server.paused
+
+
 @pytest.mark.parametrize(
     ("sabotage", "step", "words"),
     [
@@ -170,6 +192,8 @@ def test_every_step_passes(tmp_path, same, other, two_bad_updates):
         ("recapture", "sleep", "the log has [0-9]+ lines about graph capture, it had 2"),
         ("forget", "other", "flattened buckets: 500 of 500 log probabilities differ"),
         ("forget", "load", "nothing was shown"),
+        ("forget", "distributed", "other: 500 of 500 log probabilities differ"),
+        ("recapture", "distributed", "the log has [0-9]+ lines about graph capture, it had 2"),
         ("mix", "load", "retract: [0-9]+ answers are of both weights and do not say so"),
         ("sleepless", "sleep", "0 MiB were released"),
     ],

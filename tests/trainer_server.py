@@ -10,13 +10,14 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from stub_server import Stub, fraction
 
+from hopper_moe.eval.serving_bench.trainer_calls import Answer, call
 from hopper_moe.eval.serving_bench.trainer_tensors import aligned, read
 
 
@@ -29,6 +30,25 @@ def serialize(named: Sequence[tuple[str, torch.Tensor]], flat: bool, ranks: int)
     return [json.dumps([(name, digest(tensor)) for name, tensor in (aligned(named) if flat else named)])] * ranks
 
 
+class StubGroup:
+    """What stands for `TrainerGroup`: it leaves digests with the server where that would broadcast."""
+
+    def __init__(self, server: TrainerServer, url: str, ranks: int, backend: str) -> None:
+        self.url, self.ranks, self.name, self._server = url, ranks, "trainer", server
+        assert call(url, "init_weights_update_group", {"group_name": self.name, "backend": backend}).success
+
+    def broadcast(self, named: Sequence[tuple[str, torch.Tensor]], flat: bool, receive: Callable[[], Answer]) -> Answer:
+        assert named == (aligned(named) if flat else named)
+        self._server.broadcast = [digest(tensor) for _, tensor in named]
+        return receive()
+
+    def __enter__(self) -> StubGroup:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        assert call(self.url, "destroy_weights_update_group", {"group_name": self.name}).success
+
+
 class TrainerServer(Stub):
     """Weights are those of `folder` at first. `sabotage`: "leak", "recapture", "forget" (an update that stores nothing), "mix"
     (a pause that lets running requests end with other weights and says nothing), "sleepless"."""
@@ -38,6 +58,8 @@ class TrainerServer(Stub):
         self.weights = {name: digest(tensor) for name, tensor in read(folder, "cpu").items()}
         self.log, self.sabotage, self.gpu_mib = log, sabotage, 20_000.0
         self.version, self.torn, self.in_session, self.paused, self.calls = "default", False, False, "", []
+        self.groups: set[str] = set()
+        self.broadcast: list[str] = []  # digests of what comes next
         self._running, self._is_awaited, self._change = 0, False, threading.Condition()
         log.write_text("Capture target decode CUDA graph begin.\nCapture target decode CUDA graph end.\n")
 
@@ -120,6 +142,19 @@ class TrainerServer(Stub):
             return False, "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
         (payload,) = body["serialized_named_tensors"]
         return self._store(dict(json.loads(payload)), body["weight_version"])
+
+    def init_weights_update_group(self, body: dict[str, Any]) -> tuple[bool, str]:
+        self.groups.add(body["group_name"])
+        return True, "Success"
+
+    def destroy_weights_update_group(self, body: dict[str, Any]) -> tuple[bool, str]:
+        self.groups.remove(body["group_name"])
+        return True, "Success"
+
+    def update_weights_from_distributed(self, body: dict[str, Any]) -> tuple[bool, str]:
+        if not self.in_session or body["group_name"] not in self.groups:
+            return False, "no session, or no group"
+        return self._store(dict(zip(body["names"], self.broadcast, strict=True)), body["weight_version"])
 
     def update_weights_from_disk(self, body: dict[str, Any]) -> tuple[bool, str]:
         if not self.paused:

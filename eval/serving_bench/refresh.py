@@ -7,8 +7,9 @@
         --log server.log --out refresh.json
 
 It runs on the server's host and holds both checkpoints in the memory of the first visible GPU, as a trainer would. Steps: `same`
-weights, `other` ones, `many` refreshes in a row, under `load`, `bad` updates; `sleep` (needs --enable-memory-saver) and `torn`,
-which ends the server, only if they are named. OUT is written after each step; the exit code is 1 if anything was wrong.
+weights, `other` ones, `many` refreshes in a row, under `load`, `bad` updates; only if they are named: `sleep` (needs
+--enable-memory-saver), `distributed` (by broadcast in a process group with the server) and `torn`, which ends the server.
+OUT is written after each step; the exit code is 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -81,6 +82,14 @@ def run_steps(run: Run, names: list[str], facts: dict[str, Any], out: Path) -> l
 @click.option("--bucket-mib", default=512, show_default=True, type=click.IntRange(1))
 @click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1), help="Of the step `load`.")
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="The server's --tp-size.")
+@click.option(
+    "--group-backend",
+    type=click.Choice(["nccl", "gloo"]),
+    default="nccl",
+    show_default=True,
+    help="Of the step `distributed`. nccl needs a GPU for this process that the server does not use (CUDA_VISIBLE_DEVICES), "
+    "gloo does not.",
+)
 @click.option("--log", type=_FILE, help="The server's log, to see that no graph is captured again.")
 @commit_option
 @click.option("--out", required=True, type=click.Path(path_type=Path))
@@ -95,6 +104,7 @@ def measure(
     bucket_mib: int,
     concurrency: int,
     ranks: int,
+    group_backend: str,
     log: Path | None,
     commit: str,
     out: Path,
@@ -111,6 +121,7 @@ def measure(
         layer,
         bucket_mib << 20,
         concurrency,
+        group_backend,
     )
     _ = run.before  # a server that does not answer is a refusal, not a result
     facts = {"commit": commit, "url": url, "same": str(same), "other": str(other), "bucket_mib": bucket_mib, "ranks": ranks}

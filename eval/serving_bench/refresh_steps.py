@@ -21,6 +21,7 @@ from hopper_moe.eval.serving_bench.compare import greedy, scored
 from hopper_moe.eval.serving_bench.refresh_bad import BAD_UPDATES, NOT_SERVED, BadUpdate
 from hopper_moe.eval.serving_bench.soak import observe
 from hopper_moe.eval.serving_bench.trainer_calls import Answer, WeightCalls
+from hopper_moe.eval.serving_bench.trainer_group import BroadcastCalls, TrainerGroup
 from hopper_moe.eval.serving_bench.trainer_tensors import Named, Tensors, buckets, experts_of, num_bytes, read, without
 from hopper_moe.quantization.errors import Refusal
 
@@ -67,9 +68,11 @@ class Run:
     layer: int = 2
     bucket_bytes: int = 512 << 20
     concurrency: int = 8
+    group_backend: str = "nccl"  # of the step `distributed`
     device: str = "cuda"
     look: Callable[[str], dict[str, Any]] = field(default=observe)
     settle: float = 2.0  # seconds of load before and after an update
+    join: Callable[[str, int, str], TrainerGroup] = TrainerGroup
 
     @cached_property
     def before(self) -> Bits:
@@ -242,6 +245,26 @@ def step_sleep(run: Run) -> Found:
     return {**memory, "problems": found + recaptured(captures, run.captures())}
 
 
+def step_distributed(run: Run) -> Found:
+    """Flattened buckets by broadcast: the same weights change no bit, other ones (if their answers are known) come and go."""
+    turns = [("the same", run.same, run.before)]
+    if run.other_folder and run.other_bits:
+        turns += [("other", run.other, run.other_bits), ("the same again", run.same, run.before)]
+    captures, seconds, found = run.captures(), [], []
+    with run.join(run.url, run.calls.ranks, run.group_backend) as group:
+        calls = BroadcastCalls(group)
+        for what, tensors, wanted in turns:
+            parts = run.parts(tensors)
+            started = time.monotonic()
+            answer = calls.refresh(parts, flat=True)
+            seconds.append(round(time.monotonic() - started, 3))
+            found += run.check(what, answer, wanted)
+            if not answer.success:
+                break  # the group is not usable any more
+    facts = {"backend": run.group_backend, "bytes": num_bytes(run.same.values()), "calls": len(run.parts(run.same))}
+    return {**facts, "seconds": seconds, "problems": found + recaptured(captures, run.captures())}
+
+
 def step_torn(run: Run) -> Found:
     """The last step: after a bad update generation goes on, against the documentation. The server must end, not answer."""
     answer = run.calls.refresh([list(experts_of(run.same, run.layer, 5).items())[:3]])
@@ -263,6 +286,7 @@ STEPS: dict[str, Callable[[Run], Found]] = {
     "load": step_load,
     "bad": step_bad,
     "sleep": step_sleep,
+    "distributed": step_distributed,
     "torn": step_torn,
 }
 USUAL: Sequence[str] = ("same", "other", "many", "load", "bad")

@@ -22,6 +22,16 @@ class Answer(NamedTuple):
     message: str
 
 
+def call(url: str, name: str, body: dict[str, Any]) -> Answer:
+    """POST one of SGLang's calls that answer with success and message. Raises `Refusal` if the server does not answer."""
+    reply = post_anyhow(f"{url}/{name}", body, _TIMEOUT)
+    try:
+        found = reply.json()
+        return Answer(bool(found["success"]), str(found["message"]))
+    except (KeyError, TypeError, ValueError):
+        return Answer(False, f"HTTP {reply.status_code}: {reply.text[:500]}")
+
+
 class WeightCalls:
     """The calls of one server. Each raises `Refusal` only if the server does not answer at all.
 
@@ -34,7 +44,7 @@ class WeightCalls:
     def __init__(
         self, url: str, ranks: int = 1, serialize: Callable[[Sequence[Named], bool, int], list[str]] = serialized
     ) -> None:
-        self.url, self._ranks, self._serialize = url, ranks, serialize
+        self.url, self.ranks, self._serialize = url, ranks, serialize
 
     def pause(self, mode: str) -> None:
         post(f"{self.url}/pause_generation", {"mode": mode}, _TIMEOUT)
@@ -48,7 +58,7 @@ class WeightCalls:
     def send(self, named: Sequence[Named], *, flat: bool = False, flush: bool = True, version: str | None = None) -> Answer:
         """`update_weights_from_tensor`. `flat`: as one flattened bucket. `flush`: the KV cache of the old weights goes."""
         body = {
-            "serialized_named_tensors": self._serialize(named, flat, self._ranks),
+            "serialized_named_tensors": self._serialize(named, flat, self.ranks),
             "load_format": "flattened_bucket" if flat else None,
             "flush_cache": flush,
             "weight_version": version,
@@ -100,9 +110,4 @@ class WeightCalls:
         return Answer(reply.status_code == 200, reply.text.strip())
 
     def _call(self, name: str, body: dict[str, Any]) -> Answer:
-        reply = post_anyhow(f"{self.url}/{name}", body, _TIMEOUT)
-        try:
-            found = reply.json()
-            return Answer(bool(found["success"]), str(found["message"]))
-        except (KeyError, TypeError, ValueError):
-            return Answer(False, f"HTTP {reply.status_code}: {reply.text[:500]}")
+        return call(self.url, name, body)

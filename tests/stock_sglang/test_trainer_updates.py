@@ -4,21 +4,33 @@ and that SGLang reads back what it sends."""
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib.util
+import json
+import multiprocessing
 import re
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import msgspec
+import pytest
 import stock
 import torch
-from refresh_rig import Server, contents, loaded, same
+import torch.distributed as dist
+from refresh_rig import Server, contents, loaded, same, updater
+from stub_server import Stub
 
-from hopper_moe.eval.serving_bench import trainer_calls
+from hopper_moe.eval.serving_bench import trainer_calls, trainer_group
 from hopper_moe.eval.serving_bench.refresh_bad import BAD_UPDATES, NOT_SERVED
 from hopper_moe.eval.serving_bench.trainer_calls import Answer, WeightCalls
-from hopper_moe.eval.serving_bench.trainer_tensors import buckets, experts_of, flattened
+from hopper_moe.eval.serving_bench.trainer_group import BroadcastCalls, TrainerGroup
+from hopper_moe.eval.serving_bench.trainer_tensors import Named, buckets, experts_of, flattened
+from hopper_moe.quantization.errors import Refusal
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,13 +95,24 @@ STRUCTS = {  # of SGLang's io_struct; None: the call takes no body
     "update_weights_from_tensor": "UpdateWeightsFromTensorReqInput",
     "end_weight_update": "EndWeightUpdateReqInput",
     "update_weights_from_disk": "UpdateWeightFromDiskReqInput",
+    "init_weights_update_group": "InitWeightsUpdateGroupReqInput",
+    "update_weights_from_distributed": "UpdateWeightsFromDistributedReqInput",
+    "destroy_weights_update_group": "DestroyWeightsUpdateGroupReqInput",
     "release_memory_occupation": "ReleaseMemoryOccupationReqInput",
     "resume_memory_occupation": "ResumeMemoryOccupationReqInput",
     "flush_cache": None,
 }
 
 
-def test_every_call_is_one_of_sglangs_with_a_body_that_it_reads(monkeypatch):
+@pytest.fixture
+def no_group(monkeypatch) -> None:
+    """Process groups that are joined at once and send to nobody."""
+    monkeypatch.setattr("sglang.srt.utils.init_custom_process_group", lambda **_how: None)
+    monkeypatch.setattr(dist, "broadcast", lambda *_args, **_how: SimpleNamespace(wait=lambda _limit: True))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda _group: None)
+
+
+def test_every_call_is_one_of_sglangs_with_a_body_that_it_reads(monkeypatch, no_group):
     """Fields that SGLang does not know would be dropped in silence."""
     from sglang.srt.managers import io_struct
 
@@ -107,10 +130,13 @@ def test_every_call_is_one_of_sglangs_with_a_body_that_it_reads(monkeypatch):
     calls.release("weights")
     calls.resume("weights")
     assert calls.flush().success
+    with TrainerGroup("", 4, "nccl") as group:
+        assert BroadcastCalls(group).send(named, flat=True, version="step-2").success
     assert [name for name, _ in made] == [
         "pause_generation", "begin_weight_update", "update_weights_from_tensor", "update_weights_from_tensor",
         "end_weight_update", "continue_generation", "update_weights_from_disk", "release_memory_occupation",
-        "resume_memory_occupation", "flush_cache",
+        "resume_memory_occupation", "flush_cache", "init_weights_update_group", "update_weights_from_distributed",
+        "destroy_weights_update_group",
     ]  # fmt: skip
     assert [(made[n][1]["flush_cache"], made[n][1]["weight_version"]) for n in (2, 3)] == [(False, None), (True, "step-1")]
     routes = Path(importlib.util.find_spec("sglang.srt.entrypoints.http_server").origin).read_text()
@@ -135,3 +161,97 @@ def test_a_flattened_bucket_is_read_back():
     assert back.keys() == dict(named).keys()
     for name, tensor in named:
         assert back[name].dtype == tensor.dtype and torch.equal(back[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+# ---- by broadcast
+
+
+def described(named: Any) -> list[list[Any]]:
+    """Name, type, shape and digest of each tensor, as JSON gives them back."""
+    return [
+        [name, str(t.dtype), list(t.shape), hashlib.sha256(t.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()]
+        for name, t in named
+    ]
+
+
+def receive(own: Any, name: str, body: dict[str, Any]) -> tuple[bool, str]:
+    """The call, made of SGLang's updater; the message says what came. A version "refused" is, before anything is received."""
+    if name != "update_weights_from_distributed":
+        return getattr(own, name)(**body)
+    if body["weight_version"] == "refused":
+        return False, "not now"
+    fields = ("names", "dtypes", "shapes", "group_name", "load_format")
+    try:
+        return True, json.dumps(described(own.receive_weights_from_distributed(**{field: body[field] for field in fields})))
+    except Exception as error:  # as the scheduler answers it
+        return False, f"Failed to receive weights: {error}"
+
+
+def serve(store: Path, url: Any) -> None:
+    """A worker of one rank behind HTTP; it ends when it is killed."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    own = updater(torch.nn.Module())
+
+    def reply(_method: str, path: str, _headers: Any, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        success, message = receive(own, path.strip("/"), body)
+        return 200 if success else 400, {}, {"success": success, "message": message}
+
+    with Stub(reply=reply) as stub:
+        url.send(stub.url.removesuffix("/v1"))
+        threading.Event().wait()
+
+
+@pytest.fixture
+def worker(tmp_path) -> Iterator[str]:
+    """The URL of a `serve` in a process of its own; forked, so that it costs no second import of SGLang."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(tmp_path / "store", there), daemon=True)
+    process.start()
+    try:
+        assert here.poll(60), "the worker says nothing"
+        yield here.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def named(seed) -> list[Named]:
+    rng = torch.Generator().manual_seed(seed)
+    scale = torch.randint(0, 255, (5, 3), generator=rng, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    weight = torch.randint(-128, 128, (5, 7), generator=rng, dtype=torch.int8)
+    return [("weight", weight), ("scale", scale), ("norm", torch.randn(6, generator=rng).bfloat16())]
+
+
+def test_what_is_broadcast_arrives_bit_for_bit(worker, named):
+    """Twice, since a second run joins the same server anew."""
+    for _ in range(2):
+        with TrainerGroup(worker, 1, "gloo", timeout=30) as group:
+            calls = BroadcastCalls(group)
+            for flat, sent, order in ((True, named, (2, 0, 1)), (False, [named[0], named[2]], (0, 1))):
+                answer = calls.send(sent, flat=flat)
+                assert answer.success, answer.message
+                assert json.loads(answer.message) == described([sent[number] for number in order])
+
+
+def test_a_scale_is_broadcast_in_a_flattened_bucket_only(worker, named):
+    with TrainerGroup(worker, 1, "gloo", timeout=30) as group:
+        answer = BroadcastCalls(group).send(named[1:2])
+    assert not answer.success and answer.message.count("Invalid scalar type") == 2, answer.message
+
+
+def test_a_broadcast_that_nobody_takes_ends_with_the_refusal(worker, named, monkeypatch):
+    monkeypatch.setattr(trainer_group, "_AFTER_REFUSAL", 0.5)
+    started = time.monotonic()
+    with TrainerGroup(worker, 1, "gloo", timeout=60) as group:
+        answer = BroadcastCalls(group).send(named, flat=True, version="refused")
+    assert not answer.success and answer.message.startswith("not now; the broadcast failed"), answer.message
+    assert time.monotonic() - started < 30, "waited for the group's own limit"
+
+
+def test_a_server_that_does_not_join_is_refused_at_once():
+    with Stub(reply=lambda *_request: (400, {}, {"success": False, "message": "no such backend"})) as stub:
+        url = stub.url.removesuffix("/v1")
+        with pytest.raises(Refusal, match=rf"{url} and this process form no group of 3 ranks over gloo \(no such backend\)"):
+            TrainerGroup(url, 2, "gloo")
