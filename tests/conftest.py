@@ -18,6 +18,7 @@ def _hopper_present() -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(2**31)))  # here, because -q prints no header
+    os.environ.setdefault("SGLANG_OPT_FUSE_MHC_POST_PRE", "0")  # test models are small: moe_backends/sglang/hyper_connections.py
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

@@ -22,7 +22,8 @@ def environment(**changes: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("HOPPER_MOE_", "_HOPPER_MOE_", "SGLANG_", "DG_"))
     }
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"} | changes
+    small = {"SGLANG_OPT_FUSE_MHC_POST_PRE": "0"}  # for hidden sizes of test models: moe_backends/sglang/hyper_connections.py
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"} | small | changes
 
 
 def test_in_stock_sglang(seed_block, pytestconfig, tmp_path):

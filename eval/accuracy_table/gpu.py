@@ -37,6 +37,7 @@ from hopper_moe.launch.ports import free_port
 from hopper_moe.launch.server_process import ServerProcess, servers
 from hopper_moe.moe_backends.env_table import EXPAND_FP4
 from hopper_moe.moe_backends.kernel_specs import KERNELS, REGISTRY
+from hopper_moe.moe_backends.sglang.hyper_connections import FUSE
 from hopper_moe.moe_backends.sglang.plan import BACKEND
 from hopper_moe.quantization.errors import Refusal
 
@@ -144,7 +145,7 @@ def ask_all(rows: list[Row], out: Path, timeout: float, arguments: tuple[str, ..
                 log=out / "servers" / f"{row.folder}.log",
                 ready_timeout=timeout,
                 arguments=(*SGLANG_ARGUMENTS, *row.arguments, *arguments),
-                environment=row.environment,
+                environment={FUSE: "0", **row.environment},  # the model's hidden size is 128
             )
             starts[starting] = row
         asked: dict[Future, Row] = {}

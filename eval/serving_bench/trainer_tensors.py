@@ -81,8 +81,11 @@ def aligned(named: Sequence[Named]) -> list[Named]:
 def serialized(named: Sequence[Named], flat: bool, ranks: int) -> list[str]:
     """The entries of `serialized_named_tensors`, one for each rank: base64 of handles of CUDA memory in this process.
 
-    The tensors must live until the call is answered. From then on this process cannot pickle CPU tensors: SGLang's patch, without
-    which ranks with other visible GPUs would open the wrong one, reads every tensor's arguments as a CUDA tensor's.
+    Rank r gets tensors on GPU r, as from a trainer whose ranks sit on the server's GPUs: SGLang copies a flattened bucket from
+    where it lies, and memory of --enable-memory-saver cannot be reached from another GPU ("Unable to access operand in the
+    specified context"). The tensors must live until the call is answered. From then on this process cannot pickle CPU tensors:
+    SGLang's patch, without which ranks with other visible GPUs would open the wrong one, reads every tensor's arguments as a CUDA
+    tensor's.
     """
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
@@ -90,7 +93,17 @@ def serialized(named: Sequence[Named], flat: bool, ranks: int) -> list[str]:
     torch.cuda.ipc_collect()  # memory of earlier calls, which the server has let go
     monkey_patch_torch_reductions()
     given = flattened(named) if flat else list(named)
-    return [MultiprocessingSerializer.serialize(given, output_str=True) for _ in range(ranks)]
+    return [MultiprocessingSerializer.serialize(_on_gpu(rank, given), output_str=True) for rank in range(ranks)]
+
+
+def _on_gpu(rank: int, given: dict[str, Any] | list[Named]) -> dict[str, Any] | list[Named]:
+    """The same with tensors on GPU `rank`; where this process sees only one, as they are."""
+    if torch.cuda.device_count() < 2:
+        return given
+    device = torch.device("cuda", rank)
+    if isinstance(given, dict):
+        return {**given, "flattened_tensor": given["flattened_tensor"].to(device)}
+    return [(name, tensor.to(device)) for name, tensor in given]
 
 
 def flattened(named: Sequence[Named]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def model_facts(server_args: Any) -> ModelFacts:
         top_k=getattr(hf, "num_experts_per_tok", 0),
         swiglu_limit=getattr(hf, "swiglu_limit", None),
         num_moe_layers=hf.num_hidden_layers,
+        model_type=getattr(hf, "model_type", None),
     )
 
 

@@ -11,6 +11,7 @@ from hopper_moe.moe_backends.env import Settings
 from hopper_moe.moe_backends.kernel_specs import KernelSpec
 from hopper_moe.moe_backends.registry import layer_refusals
 from hopper_moe.moe_backends.sglang.early_rules import uncapturable
+from hopper_moe.moe_backends.sglang.hyper_connections import hyper_connection_refusals
 from hopper_moe.moe_backends.sglang.launch_view import LaunchView
 from hopper_moe.moe_backends.sglang.plan import BACKEND, DEEPEP_EXCHANGE, DEFAULT_CAPACITY, FUSED_EXCHANGE, ServingPlan
 from hopper_moe.moe_backends.sglang.stages import stage_refusals
@@ -64,6 +65,7 @@ def late_refusals(
         )
     if exchange == FUSED_EXCHANGE:
         yield from _capacity_refusals(view, spec, settings)
+    yield from hyper_connection_refusals(model, environ)
 
 
 def serving_plan(view: LaunchView, spec: KernelSpec, settings: Settings) -> ServingPlan:

@@ -21,6 +21,7 @@ from hopper_moe.moe_backends.env import settings
 from hopper_moe.moe_backends.kernel_specs import REGISTRY
 from hopper_moe.moe_backends.registry import Choice
 from hopper_moe.moe_backends.sglang import verdict
+from hopper_moe.moe_backends.sglang.hyper_connections import FUSE
 from hopper_moe.moe_backends.sglang.plan import BACKEND
 from hopper_moe.moe_backends.sglang.verdict import judge
 from hopper_moe.quantization.errors import Refusal
@@ -106,6 +107,9 @@ LAUNCHES = [
     ((*NODES2, "--tp-size", "3"), "--tp-size 3 does not divide over the 2 hosts of a pipeline stage", MEGA, {}),
     ((*NODES2, "--dp-size", "2", "--tp-size", "2"), "--dp-size 2 starts replicas inside one host", MEGA, {}),
     (("--pp-size", "8"), "--pp-size 8 is above the 4 layers", MEGA, {}),
+    ((), "hidden_size 384 is no multiple of 2048, so SGLang's fused hyper-connection", {FUSE: "1"}, {}),
+    ((), None, MEGA | {FUSE: "1"}, FLASH),
+    ((), None, MEGA | {FUSE: "true"}, FLASH | {"hidden_size": 7168}),
     (("--pp-size", "2"), None, MEGA | {"SGLANG_PP_LAYER_PARTITION": "3,1"}, {}),
     (("--pp-size", "2"), "LAYER_PARTITION=3,2 does not give each of 2 stages", MEGA | {"SGLANG_PP_LAYER_PARTITION": "3,2"}, {}),
     (("--pp-size", "2"), "LAYER_PARTITION=4 does not give each of 2", MEGA | {"SGLANG_PP_LAYER_PARTITION": "4"}, {}),
