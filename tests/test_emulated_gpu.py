@@ -136,6 +136,7 @@ def test_bits_do_not_depend_on_tiles_waves_or_the_batch(gpus, generator, seed, w
         assert torch.equal(run(batch.rows(rows)), want[rows]), f"rows {rows} alone have other bits"
 
 
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize("num_tokens", [3, 100])
 def test_a_layer_gives_the_same_bits_in_either_fp4_format(gpus, generator, seed, num_tokens):
     """Where the tensor cores' sums do not depend on a common power of two, as here."""
@@ -181,6 +182,7 @@ def test_bits_of_one_rank(gpus, generator, seed, pytestconfig, num_ranks, option
         layer.assert_same_bits(batches, got, seed, f"{case} {routing}, {sizes} tokens")
 
 
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize("num_experts, num_logical, num_ranks", MANY_EXPERTS)
 def test_more_experts_than_one_rank_holds(gpus, generator, seed, num_experts, num_logical, num_ranks):
     """Redundant experts are copies: the bits are those of one rank that holds each expert once, up to the last id."""

@@ -121,6 +121,7 @@ def compiled(tmp_path_factory) -> Callable[[str], Path]:
     return get
 
 
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize("name", [name for name, mistake in MISTAKES.items() if mistake.wide])
 def test_a_mistake_with_wide_scales_shows(compiled, seed, name):
     generator = torch.Generator().manual_seed(seed)

@@ -102,6 +102,7 @@ def layer_of(seed: int, num_tokens: int, kernel: str) -> Layer:
     )
 
 
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize(("kernel", "device"), EVERY)
 @pytest.mark.parametrize("num_tokens", [1, 33, 300])
 def test_a_batch(kernel, device, num_tokens, seed):
@@ -130,6 +131,7 @@ def test_one_expert_takes_every_token(kernel, device, seed):
     assert_is(run(runner_of(kernel, layer, device), layer, device), exact(layer, device), kernel)
 
 
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize(("kernel", "device"), SHARDED)
 @pytest.mark.parametrize("num_tokens", [40, 300])
 def test_masked_slots_masked_tokens_and_an_expert_named_twice(kernel, device, num_tokens, seed):
@@ -152,6 +154,7 @@ def test_a_batch_without_any_expert_is_zeros(kernel, device, seed):
     assert not run(runner_of(kernel, layer, device), layer, device).any()
 
 
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize(("kernel", "device"), SHARDED)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_expert_parallel_shares_add_up(kernel, device, ranks, seed):
@@ -167,6 +170,7 @@ def test_expert_parallel_shares_add_up(kernel, device, ranks, seed):
     assert_is(total, exact(layer, device), kernel)
 
 
+@pytest.mark.cases_per_seed(1)
 @pytest.mark.parametrize(("kernel", "device"), SHARDED)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_tensor_parallel_slices_add_up(kernel, device, ranks, seed):
