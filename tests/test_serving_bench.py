@@ -375,3 +375,13 @@ def test_questions_are_asked_as_chats_with_log_probabilities(tmp_path):
         "answers": 4, "same": 4, "tokens_compared": 8, "median_logprob_change": 0, "p99_logprob_change": 0,
         "largest_logprob_change": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "indices"), [(None, [0, 1, 2, 3]), ("1", [1]), ("0,2", [0, 2]), ("GPU-3e056f05", [0, 1, 2, 3]), ("", [0, 1, 2, 3])]
+)
+def test_the_gpus_whose_memory_is_watched(monkeypatch, given, indices):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert soak.visible(4) == indices

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import re
 import sys
@@ -104,15 +105,22 @@ def metric(text: str, name: str) -> float | None:
 
 
 def observe(url: str) -> dict[str, float | None]:
-    """Memory of all GPUs and counters now. Metrics are there when the server was started with --enable-metrics."""
+    """Memory of the GPUs that this process sees, and counters now. Metrics are there when the server was started with
+    --enable-metrics."""
     import pynvml
 
     pynvml.nvmlInit()
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    used = sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles) / 2**20
+    used = sum(pynvml.nvmlDeviceGetMemoryInfo(handles[index]).used for index in visible(len(handles))) / 2**20
     pynvml.nvmlShutdown()
     text = get(f"{url}/metrics", timeout=30).text
     return {"gpu_mib": used, **{name: metric(text, name) for name in _METRICS}}
+
+
+def visible(num_gpus: int) -> list[int]:
+    """Indices that CUDA_VISIBLE_DEVICES names; all GPUs if it is unset or names them otherwise."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [int(index) for index in given] if all(index.isdecimal() for index in given) else list(range(num_gpus))
 
 
 def verdict(
