@@ -34,7 +34,7 @@ class TrainerGroup:
     """
 
     def __init__(self, url: str, ranks: int, backend: str, timeout: float = 120.0) -> None:
-        self.url, self.ranks = url, ranks
+        self.url, self.ranks, self._is_whole = url, ranks, True
         self._timeout, port = timedelta(seconds=timeout), free_port()
         self.name = f"trainer-{port}"  # of its own: another run may use the same server
         body = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": ranks + 1}
@@ -70,6 +70,7 @@ class TrainerGroup:
         tensors = [flattened(named)["flattened_tensor"]] if flat else [tensor for _, tensor in named]
         with ThreadPoolExecutor(1) as pool:
             answered = pool.submit(receive)
+            self._is_whole = False
             try:
                 works: list[Any] = [dist.broadcast(tensor, src=0, group=self._group, async_op=True) for tensor in tensors]
                 limit = self._timeout if answered.result().success else timedelta(seconds=_AFTER_REFUSAL)
@@ -77,12 +78,15 @@ class TrainerGroup:
                     work.wait(limit)
             except RuntimeError as error:
                 return Answer(False, f"{answered.result().message}; the broadcast failed: {error}")
+        self._is_whole = answered.result().success
         return answered.result()
 
     def close(self) -> None:
         """Destroy both ends. Raises `Refusal` if the server does not."""
         with ThreadPoolExecutor(1) as pool:
             answered = pool.submit(call, self.url, "destroy_weights_update_group", {"group_name": self.name})
+            if not self._is_whole:
+                self._group.abort()  # NCCL would wait for the server's part of the last broadcast for ever
             dist.destroy_process_group(self._group)
             self._group = None
         if problem := _refusal(answered):
