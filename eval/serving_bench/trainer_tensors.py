@@ -84,7 +84,7 @@ def serialized(named: Sequence[Named], flat: bool, ranks: int) -> list[str]:
     Rank r gets tensors on GPU r, as from a trainer whose ranks sit on the server's GPUs: SGLang copies a flattened bucket from
     where it lies, which from another GPU ended a server with --enable-memory-saver ("Unable to access operand in the specified
     context"). The tensors must live until the call is answered. From then on this process cannot pickle CPU tensors: SGLang's
-    patch, without which ranks with other visible GPUs would open the wrong one, reads every tensor's arguments as a CUDA tensor's.
+    patch, without which ranks with other visible GPUs would open the wrong one, takes every tensor's arguments for a CUDA one's.
     """
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
