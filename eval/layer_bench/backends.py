@@ -28,13 +28,13 @@ class Comparison:
     """One layer, one set of kernels, on one GPU."""
 
     def __init__(
-        self, shape_name: str, num_experts: int, capacity: int, routing: str, seed: int, kernels: tuple[str, ...]
+        self, shape_name: str, num_experts: int, tokens: tuple[int, ...], routing: str, seed: int, kernels: tuple[str, ...]
     ) -> None:
         self.shape_name, self.shape, self.num_experts, self.routing = shape_name, SHAPES[shape_name], num_experts, routing
         self.generator = torch.Generator("cuda").manual_seed(seed)
         self.checkpoint = random_checkpoint(self.shape, num_experts, self.generator)
-        shard = ExpertShard.of(self.shape, capacity, num_experts=num_experts)
-        self.contenders, self.left_out = contenders.make_all(kernels, self.checkpoint, shard, WEIGHT_COPIES)
+        shard = ExpertShard.of(self.shape, max(tokens), num_experts=num_experts)
+        self.contenders, self.left_out = contenders.make_all(kernels, self.checkpoint, shard, WEIGHT_COPIES, tokens)
 
     def leave_out_wrong_ones(self) -> dict[str, float]:
         """Error of every kernel on a few tokens; those above `MAX_ERROR` are not timed."""
@@ -169,7 +169,7 @@ def main(
     device = check_run(1, tokens, num_experts, shape)
     sku = measured.label_to_write(device, sku) if update_auto else sku or measured.label(device)
     hbm, fp8 = measure.hbm_read_tbps(), measure.fp8_matmul_tflops()
-    comparison = Comparison(shape_name, num_experts, max(tokens), routing, seed, kernels)
+    comparison = Comparison(shape_name, num_experts, tokens, routing, seed, kernels)
     found = comparison.leave_out_wrong_ones()
     for contender in comparison.contenders:
         error = found[contender.name]

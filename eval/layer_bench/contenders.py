@@ -37,9 +37,9 @@ class Contender:
         return self.runners[call % len(self.runners)].run(x, ids, weights)
 
 
-def create(name: str) -> ExpertRunner:
-    """A new runner of one of `KERNELS`, or of the reference. Raises `Refusal` when it cannot be had."""
-    return create_baseline(name) if name in BASELINES else create_runner(name)
+def create(name: str, sizes: tuple[int, ...] | None = None) -> ExpertRunner:
+    """A new runner of one of `KERNELS`, or of the reference. Raises `Refusal` when it cannot be had. `sizes`: see `make`."""
+    return create_baseline(name, sizes) if name in BASELINES else create_runner(name)
 
 
 def fill(experts_type: type[ExpertTensors], checkpoint: Checkpoint) -> ExpertTensors:
@@ -51,15 +51,18 @@ def fill(experts_type: type[ExpertTensors], checkpoint: Checkpoint) -> ExpertTen
     return experts
 
 
-def make(name: str, checkpoint: Checkpoint, shard: ExpertShard, copies: int) -> Contender:
-    """Converts the layer for one kernel. Whatever the kernel raises passes through."""
+def make(name: str, checkpoint: Checkpoint, shard: ExpertShard, copies: int, sizes: tuple[int, ...] | None = None) -> Contender:
+    """Converts the layer for one kernel. Whatever the kernel raises passes through.
+
+    `sizes`: batches that will be timed, for a baseline that measures its tiles first; None: it chooses.
+    """
     started = time.monotonic()
-    runners = [create(name)]
+    runners = [create(name, sizes)]
     experts = fill(runners[0].experts_type, checkpoint)
     tensors = [getattr(experts, field.name) for field in dataclasses.fields(experts)]
     runners[0].prepare(experts, shard)
     for _ in range(copies - 1):
-        runners.append(create(name))
+        runners.append(create(name, sizes))
         runners[-1].prepare(type(experts)(*(tensor.clone() for tensor in tensors)), shard)
     torch.cuda.synchronize()
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -67,13 +70,17 @@ def make(name: str, checkpoint: Checkpoint, shard: ExpertShard, copies: int) -> 
 
 
 def make_all(
-    names: Iterable[str], checkpoint: Checkpoint, shard: ExpertShard, copies: int
+    names: Iterable[str],
+    checkpoint: Checkpoint,
+    shard: ExpertShard,
+    copies: int,
+    sizes: tuple[int, ...] | None = None,
 ) -> tuple[list[Contender], dict[str, str]]:
-    """(those that run here, name -> why not of the others). A kernel that fails does not stop the rest."""
+    """(those that run here, name -> why not of the others). A kernel that fails does not stop the rest. `sizes`: see `make`."""
     made, left_out = [], {}
     for name in names:
         try:
-            made.append(make(name, checkpoint, shard, copies))
+            made.append(make(name, checkpoint, shard, copies, sizes))
         except Exception as error:  # other projects' code: anything may be raised
             left_out[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return made, left_out

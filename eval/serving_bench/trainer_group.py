@@ -43,7 +43,7 @@ class TrainerGroup:
             wait([answered], _AT_ONCE)
             problem = _refusal(answered) if answered.done() else None
             try:
-                self._group = None if problem else self._joined(backend, port)
+                self._group: Any = None if problem else self._joined(backend, port)
             except RuntimeError as error:
                 problem = f"this process could not join: {error}"
             problem = _refusal(answered) or problem

@@ -9,6 +9,7 @@ import pytest
 import stock
 import torch
 
+from hopper_moe.eval.layer_bench.baselines import create_baseline
 from hopper_moe.eval.layer_bench.baselines.checkpoint_experts import CheckpointExperts
 from hopper_moe.eval.layer_bench.baselines.flashinfer_mxfp4 import FlashInferMxfp4Runner
 from hopper_moe.eval.layer_bench.baselines.humming import checkpoint_layer
@@ -77,6 +78,18 @@ def test_flashinfer_gets_what_sglang_gives_it(model, monkeypatch, precision):
     from flashinfer.fused_moe import cutlass_fused_moe
 
     inspect.signature(cutlass_fused_moe).bind(**ours)
+
+
+@pytest.mark.parametrize("name", ["flashinfer_mxfp4", "flashinfer_mxfp4_fp8"])
+def test_flashinfer_measures_its_tiles_at_the_sizes_that_are_timed(monkeypatch, name):
+    """With FlashInfer's own `autotune`: a keyword that it does not know would fail here."""
+    from flashinfer.autotuner import AutoTuner
+
+    runner, seen = create_baseline(name, (1, 7, 8, 2 * CAPACITY)), []
+    runner._tuned_tokens, runner._w2 = CAPACITY, torch.ones(1)
+    runner.run = lambda *_batch: seen.append((AutoTuner.get().is_tuning_mode, AutoTuner.get()._override_tuning_buckets))
+    runner.tune(ExpertShard.of(SHAPE, CAPACITY, num_experts=4))
+    assert seen == [(True, (1, 8, CAPACITY))]
 
 
 def test_humming_is_handed_the_checkpoints_layer(seed):

@@ -5,6 +5,6 @@ from __future__ import annotations
 from hopper_moe.eval.layer_bench.baselines.flashinfer_mxfp4 import FlashInferMxfp4Runner
 
 
-def create() -> FlashInferMxfp4Runner:
-    """A runner for one layer."""
-    return FlashInferMxfp4Runner(precision="fp8")
+def create(sizes: tuple[int, ...] | None = None) -> FlashInferMxfp4Runner:
+    """A runner for one layer. `sizes`: see the class."""
+    return FlashInferMxfp4Runner("fp8", sizes)
