@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from processes import SLEEPER, has_said, runs, wait_for
 from stub_server import Stub
 
-from hopper_moe.eval.serving_bench import bench, breakdown, compare, report, serve, soak
+from hopper_moe.eval.serving_bench import bench, breakdown, compare, rebalance, report, serve, soak
 from hopper_moe.eval.serving_bench.bench import decode_pace, first_round, loads
 from hopper_moe.eval.serving_bench.random_checkpoint import mtp_shapes, random_state, tensor_shapes
 from hopper_moe.eval.serving_bench.server import log_facts, start
@@ -156,6 +156,7 @@ def test_servers_that_fill_the_gpus_run_in_turn(tmp_path, sglang, monkeypatch):
     ("command", "arguments", "said"),
     [
         (soak.main, ["URL", "--out", "OUT"], "URL/generate does not answer"),
+        (rebalance.main, ["URL", "--log", "LOG", "--out", "OUT"], "URL/generate does not answer"),
         (compare.main, ["ask", "URL", "OUT"], "URL/generate does not answer"),
         (breakdown.main, ["URL", "--concurrency", "1", "--out", "OUT"], "URL/start_profile does not answer"),
         (report.main, ["FOLDER"], "lacks serving.jsonl or servers.json"),
@@ -165,7 +166,7 @@ def test_servers_that_fill_the_gpus_run_in_turn(tmp_path, sglang, monkeypatch):
 )
 def test_what_cannot_be_done_is_one_sentence(tmp_path, sglang, command, arguments, said):
     url = f"http://127.0.0.1:{free_port()}"
-    places = {"URL": url, "OUT": str(tmp_path / "out"), "FOLDER": str(tmp_path)}
+    places = {"URL": url, "OUT": str(tmp_path / "out"), "FOLDER": str(tmp_path), "LOG": __file__}
     result = CliRunner().invoke(command, [places.get(argument, argument) for argument in arguments])
     assert result.exit_code == 2 and said.replace("URL", url) in result.output
     assert len(result.output.splitlines()) == 1 and not (tmp_path / "out").exists()
