@@ -1,9 +1,13 @@
-"""eval/serving_bench/rebalance against a server of stubs that moves experts while it answers."""
+"""eval/serving_bench/rebalance against a server of stubs that moves experts while it answers, and the script that runs it."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from stub_server import Stub, fraction
 
-from hopper_moe.eval.serving_bench import rebalance
+from hopper_moe.eval.serving_bench import rebalance, refresh
 
 
 class Balancing(Stub):
@@ -76,3 +80,42 @@ def test_what_is_read_of_a_log():
     assert rebalance.rebalances(log) == [0.512, None] and rebalance.rebalances("") == []
     ranks = "\n".join(f"[2026-11-29 17:00:01 TP{rank} EP{rank}] {line} time={rank}.5s" for rank in (1, 0, 1))
     assert rebalance.rebalances(ranks) == [1.5, 1.5]
+
+
+FAKE = """#!{python}
+import json, os, sys
+print(json.dumps(sys.argv[1:]), file=open(os.environ["CALLS"], "a"))
+sys.exit("hopper_moe.eval.serving_bench.serve" in sys.argv and os.environ["FAILS"] in " ".join(sys.argv))
+"""
+
+
+@pytest.mark.parametrize(("gpus", "fails", "status"), [(1, "nothing", 0), (2, "nothing", 0), (2, "refresh record", 1)])
+def test_the_script_runs_every_part_and_says_whether_one_failed(tmp_path, gpus, fails, status):
+    """With a `python3` that only notes its arguments; a part that fails keeps nothing else from running."""
+    fake, calls = tmp_path / "bin" / "python3", tmp_path / "calls"
+    fake.parent.mkdir()
+    fake.write_text(FAKE.format(python=sys.executable))
+    fake.chmod(0o755)
+    script = Path(rebalance.__file__).with_name("moving.sh")
+    environ = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "CALLS": str(calls), "FAILS": fails}
+    ran = subprocess.run(["sh", str(script), "config", str(gpus), str(tmp_path / "out")], env=environ, timeout=60)
+    made = [json.loads(line) for line in calls.read_text().splitlines()]
+    servers = [call for call in made if call[1].endswith(".serve")]
+    assert ran.returncode == status and [call[1].rpartition(".")[2] for call in made[:2]] == ["random_checkpoint"] * 2
+    wanted = ["refresh record", "refresh measure", *["rebalance"] * (gpus > 1)]
+    assert len(servers) == len(wanted) and all(name in " ".join(call) for name, call in zip(wanted, servers, strict=True))
+    for call in servers:
+        _, _, module, *given = shlex.split(call[call.index("--run") + 1].replace("$SERVER_URL", "url"))
+        assert ("--ep" in call[call.index("--") + 1 :]) == (gpus > 1)
+        accepted(module, given, tmp_path)
+
+
+def accepted(module: str, given: list[str], folder: Path) -> None:
+    """The command takes these arguments, once the files are there."""
+    for path in (Path(argument) for argument in given if argument.startswith(str(folder))):
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir(exist_ok=True) if "ckpt" in path.name else path.touch()
+    if module.endswith(".rebalance"):
+        rebalance.main.make_context("rebalance", given)
+    else:
+        refresh.main.commands[given[0]].make_context(given[0], given[1:])
