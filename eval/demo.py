@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import click
 
 from hopper_moe.launch.secrets import NO_KEY
+from hopper_moe.moe_backends.sglang.hyper_connections import FUSE
 from hopper_moe.quantization.errors import Refusal
 
 REQUIRED_ACCURACY = 0.80
@@ -48,6 +50,8 @@ def demo(model: str | None, kernels: str | None, num_examples: int, out: Path | 
     from hopper_moe.eval.serving import served, server_command
 
     shown, questions = (model, None) if model else shown_here()
+    if questions:
+        os.environ.setdefault(FUSE, "0")  # the GPU model's hidden size is 128
     folder = str(shown)
     names = kernels.split(",") if kernels else kernels_here(folder)
     out = out or Path(tempfile.mkdtemp(prefix="hopper-moe-demo-"))

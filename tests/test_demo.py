@@ -1,17 +1,27 @@
 """The main job end to end in real processes: `hopper-moe demo`, `eval compare --serve`, and sabotages that must be caught."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from hopper_moe.eval import serving
 from hopper_moe.eval.accuracy_table.cpu_host import run_all
-from hopper_moe.eval.demo import tiny_model
+from hopper_moe.eval.demo import demo, tiny_model
+from hopper_moe.kernels.device import SM90
+from hopper_moe.launch import machine
+from hopper_moe.launch.machine import Gpu, Machine
+from hopper_moe.moe_backends.sglang.hyper_connections import FUSE, hyper_connection_refusals
+from hopper_moe.quantization.checkpoint_check import read_checkpoint
+from hopper_moe.quantization.errors import Refusal
 
 
 def hopper_moe(*args: str) -> subprocess.CompletedProcess:
@@ -48,6 +58,25 @@ def test_demo_refuses_a_kernel_this_machine_lacks() -> None:
     assert result.returncode == 2
     assert "kernel nonsense does not run on the CPU host" in result.stderr
     assert "---" not in result.stdout, "refused before the first server was started"
+
+
+def test_on_a_hopper_machine_the_gpu_model_is_served_as_sglang_needs_it(monkeypatch, tmp_path) -> None:
+    """Its small hidden size is refused without the variable, which the server inherits."""
+    monkeypatch.delenv(FUSE)
+    h200 = Gpu(0, "NVIDIA H200", SM90, 140 << 30, 139 << 30, 132, 18)
+    monkeypatch.setattr(machine, "detect", lambda: Machine((h200,)))
+    facts, _ = read_checkpoint(tiny_model().with_name("gpu_dsv4"))
+    assert list(hyper_connection_refusals(facts, os.environ))
+
+    @contextmanager
+    def served(model: str, *_how: object):
+        assert Path(model).name == "gpu_dsv4" and not list(hyper_connection_refusals(facts, os.environ))
+        raise Refusal("far enough")
+        yield
+
+    monkeypatch.setattr(serving, "served", served)
+    result = CliRunner().invoke(demo, ["--kernels", "mxfp4_mega", "--out", str(tmp_path)])
+    assert "far enough" in str(result.exception), result.output
 
 
 def test_compare_starts_both_servers(tmp_path: Path) -> None:
