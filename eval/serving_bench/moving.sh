@@ -20,7 +20,7 @@ $here.serve "$out/ckpt1" --port 31000 --log "$out/other.log" --ready-timeout 600
     --run "$here.refresh record \$SERVER_URL $out/other.json" -- $common || failed=1
 $here.serve "$out/ckpt" --port 31000 --log "$out/refresh.log" --ready-timeout 600 \
     --run "$here.refresh measure \$SERVER_URL $out/ckpt --other $out/ckpt1 --other-answers $out/other.json --ranks $gpus \
-        --steps ${STEPS:-same,other,load,many,sleep,bad} --log $out/refresh.log --out $out/refresh.json" \
+        --steps ${STEPS:-same,other,load,many,sleep,distributed,bad} --group-backend gloo --log $out/refresh.log --out $out/refresh.json" \
     -- $common --enable-memory-saver || failed=1
 [ "$gpus" = 1 ] || $here.serve "$out/ckpt" --port 31000 --log "$out/rebalance.log" --ready-timeout 600 \
     --run "$here.rebalance \$SERVER_URL --log $out/rebalance.log --out $out/rebalance.json" \
