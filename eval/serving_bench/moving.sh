@@ -1,8 +1,8 @@
 #!/bin/sh
 # Weights and experts that move under a running server, bit for bit: sh eval/serving_bench/moving.sh CONFIG_DIR N OUT
 # CONFIG_DIR holds a DeepSeek-V4 config.json of few layers and a tokenizer; N: GPUs, 1 or more. Two checkpoints of random weights,
-# a fresh server of the second, a refresh of the first by every call of a trainer, sleep, bad updates; with more GPUs than one then
-# EPLB under load. STEPS names the steps of the refresh. A part that fails does not stop the next one; the exit code says so.
+# a fresh server of the second, a refresh of the first by every call of a trainer, sleep, bad updates; on several GPUs EPLB under
+# load, too. STEPS names the steps of the refresh. A part that fails does not stop the next one; the exit code says so.
 set -u
 config=$1 gpus=$2 out=$(mkdir -p "$3" && cd "$3" && pwd)
 export PYTHONSAFEPATH=1 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NCCL_NVLS_ENABLE=0 HOPPER_MOE_KERNEL="${HOPPER_MOE_KERNEL:-mxfp4_mega}"
@@ -20,7 +20,8 @@ $here.serve "$out/ckpt1" --port 31000 --log "$out/other.log" --ready-timeout 600
     --run "$here.refresh record \$SERVER_URL $out/other.json" -- $common || failed=1
 $here.serve "$out/ckpt" --port 31000 --log "$out/refresh.log" --ready-timeout 600 \
     --run "$here.refresh measure \$SERVER_URL $out/ckpt --other $out/ckpt1 --other-answers $out/other.json --ranks $gpus \
-        --steps ${STEPS:-same,other,load,many,sleep,distributed,bad} --group-backend gloo --log $out/refresh.log --out $out/refresh.json" \
+        --steps ${STEPS:-same,other,load,many,sleep,distributed,bad} --group-backend gloo \
+        --log $out/refresh.log --out $out/refresh.json" \
     -- $common --enable-memory-saver || failed=1
 [ "$gpus" = 1 ] || $here.serve "$out/ckpt" --port 31000 --log "$out/rebalance.log" --ready-timeout 600 \
     --run "$here.rebalance \$SERVER_URL --log $out/rebalance.log --out $out/rebalance.json" \
