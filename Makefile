@@ -15,7 +15,7 @@ demo: $(STAMP)
 # folder would stand in for the third-party package of that name. Two files at a time; one where GPU tests run, some of which time.
 TEST_WORKERS ?= $(if $(wildcard /dev/nvidia0),0,2)
 test: $(STAMP)
-	$(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile
+	$(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Layout, simple mistakes and types; the versions are pinned in pyproject.toml.
 CUDA_SOURCES = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.hpp' '*.h')

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,21 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"hopper-moe: TEST_SEED={os.environ['TEST_SEED']} (set it to repeat a run)"
 
 
+LONGEST = ("test_stock_sglang.py", "test_jit.py", "test_demo.py", "test_uninstall.py", "test_packaging.py")
+"""Files of few tests that take minutes: they begin first, so that no worker waits for the other one at the end. The Makefile
+keeps xdist from putting the files with most tests there."""
+
+
+def _begin_with_the_longest(items: list[pytest.Item]) -> None:
+    """Reorders files; the tests of one keep their order. A run without these files (tests/stock_sglang) keeps its own."""
+    counts = Counter(item.path for item in items)
+    place = {name: number for number, name in enumerate(LONGEST)}
+    if any(path.name in place for path in counts):
+        items.sort(key=lambda item: (place.get(item.path.name, len(place)), -counts[item.path], str(item.path)))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _begin_with_the_longest(items)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked or _hopper_present():
         return
