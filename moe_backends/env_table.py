@@ -36,10 +36,15 @@ def is_foreign(name: str, value: str) -> bool:
     return bool(FOREIGN.fullmatch(name) or (DOCKER_NAME.fullmatch(name) and value.startswith("/")))
 
 
+def is_off(text: str) -> bool:
+    """Whether a switch of this value is off, for switches of SGLang's own: it says itself what is none."""
+    return text.lower() in _FALSE
+
+
 def parse_bool(name: str, text: str) -> bool:
     if text.lower() in _TRUE:
         return True
-    if text.lower() in _FALSE:
+    if is_off(text):
         return False
     raise Refusal(f"{name}={text!r} is not a switch: set it to 1 or 0, or unset it.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping
 
+from hopper_moe.moe_backends.env_table import is_off
 from hopper_moe.moe_backends.kernel_specs import KernelSpec
 from hopper_moe.moe_backends.sglang.launch_view import LaunchView
 from hopper_moe.moe_backends.sglang.plan import BACKEND, DEEPEP_EXCHANGE, FUSED_EXCHANGE, NO_EXCHANGE
@@ -164,5 +165,5 @@ def _deepep_packages(environ: Mapping[str, str]) -> Iterator[str]:
     for module, package in _DEEPEP_PACKAGES.items():
         if importlib.util.find_spec(module) is None:
             yield f"--moe-a2a-backend deepep needs {module}, which is not installed: pip install {package}."
-    if environ.get(JIT_DEEPGEMM, "1").lower() in ("0", "false", "no", "n"):
+    if is_off(environ.get(JIT_DEEPGEMM, "1")):
         yield f"--moe-a2a-backend deepep needs deep_gemm, which {JIT_DEEPGEMM}={environ[JIT_DEEPGEMM]} turns off: unset it."

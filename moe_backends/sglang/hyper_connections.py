@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from hopper_moe.moe_backends.env_table import is_off
 from hopper_moe.quantization.model_facts import ModelFacts
 
 FUSE = "SGLANG_OPT_FUSE_MHC_POST_PRE"
 
 _MODEL_TYPE = "deepseek_v4"  # V4.1's hyper-connections take another path
-_OFF = ("false", "0", "no", "n")  # as SGLang reads its variables
 _THREADS = 256  # of the kernel; each looks at one value of a part after the other, and only the row's end stops it
 
 
@@ -25,7 +25,7 @@ def fused_multiple(hidden_size: int) -> int:
 def hyper_connection_refusals(model: ModelFacts, environ: Mapping[str, str]) -> Iterator[str]:
     """Why small decode batches of this model would be wrong."""
     multiple = fused_multiple(model.hidden_size)
-    if model.model_type != _MODEL_TYPE or not model.hidden_size % multiple or environ.get(FUSE, "").lower() in _OFF:
+    if model.model_type != _MODEL_TYPE or not model.hidden_size % multiple or is_off(environ.get(FUSE, "1")):
         return
     yield (
         f"hidden_size {model.hidden_size} is no multiple of {multiple}, so SGLang's fused hyper-connection step sums some values "
