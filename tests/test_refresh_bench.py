@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hopper_moe.eval.serving_bench.refresh_bad import BAD_UPDATES, NOT_SERVED, U
 from hopper_moe.eval.serving_bench.refresh_load import Reply
 from hopper_moe.eval.serving_bench.refresh_steps import STEPS, Run
 from hopper_moe.eval.serving_bench.trainer_calls import WeightCalls
-from hopper_moe.eval.serving_bench.trainer_tensors import aligned, buckets, experts_of, num_bytes, read, without
+from hopper_moe.eval.serving_bench.trainer_tensors import aligned, buckets, experts_of, num_bytes, on_gpu, read, without
 from hopper_moe.launch.ports import free_port
 from hopper_moe.quantization.errors import Refusal
 
@@ -83,6 +84,15 @@ def test_parts_of_a_checkpoint(same):
 def test_wide_types_come_first_in_a_flattened_bucket(same):
     sizes = [tensor.element_size() for _, tensor in aligned(list(read(same, "cpu").items()))]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_each_rank_gets_what_lies_on_its_own_gpu(monkeypatch):
+    """SGLang copies a flattened bucket from where it lies; from another GPU that ended a server on two H200."""
+    here = SimpleNamespace(to=lambda device: f"on {device}")
+    for visible, wanted in ((1, here), (2, "on cuda:1")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        assert on_gpu(1, {"flattened_tensor": here, "metadata": [1]}) == {"flattened_tensor": wanted, "metadata": [1]}
+        assert on_gpu(1, [("a", here)]) == [("a", wanted)]
 
 
 # ---- answers under load

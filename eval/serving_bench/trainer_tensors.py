@@ -92,10 +92,10 @@ def serialized(named: Sequence[Named], flat: bool, ranks: int) -> list[str]:
     torch.cuda.ipc_collect()  # memory of earlier calls, which the server has let go
     monkey_patch_torch_reductions()
     given = flattened(named) if flat else list(named)
-    return [MultiprocessingSerializer.serialize(_on_gpu(rank, given), output_str=True) for rank in range(ranks)]
+    return [MultiprocessingSerializer.serialize(on_gpu(rank, given), output_str=True) for rank in range(ranks)]
 
 
-def _on_gpu(rank: int, given: dict[str, Any] | list[Named]) -> dict[str, Any] | list[Named]:
+def on_gpu(rank: int, given: dict[str, Any] | list[Named]) -> dict[str, Any] | list[Named]:
     """The same with tensors on GPU `rank`; where this process sees only one, as they are."""
     if torch.cuda.device_count() < 2:
         return given

@@ -250,6 +250,21 @@ def test_a_broadcast_that_nobody_takes_ends_with_the_refusal(worker, named, monk
     assert time.monotonic() - started < 30, "waited for the group's own limit"
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_group_is_aborted_where_nobody_took_its_broadcast(monkeypatch, no_group, named, taken):
+    """Over NCCL, which waits for ever: seen on two H200. gloo ends such a broadcast by itself."""
+    done: list[str] = []
+    group = SimpleNamespace(abort=lambda: done.append("aborted"))
+    monkeypatch.setattr("sglang.srt.utils.init_custom_process_group", lambda **_how: group)
+    monkeypatch.setattr(trainer_group, "call", lambda *_call: Answer(True, "Success"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda _group: done.append("destroyed"))
+    with TrainerGroup("", 1, "nccl") as joined:
+        calls = BroadcastCalls(joined)
+        monkeypatch.setattr(calls, "_call", lambda *_call: Answer(taken, "not now"))
+        assert calls.send(named, flat=True).success == taken
+    assert done == (["destroyed"] if taken else ["aborted", "destroyed"])
+
+
 def test_a_server_that_does_not_join_is_refused_at_once():
     with Stub(reply=lambda *_request: (400, {}, {"success": False, "message": "no such backend"})) as stub:
         url = stub.url.removesuffix("/v1")
