@@ -42,7 +42,7 @@ wheel-cubins: $(STAMP)
 	$(BIN)/hopper-moe kernels build --into $(PREBUILT)
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 	rm -rf $(PREBUILT) build
-# Every randomised CPU test with SEEDS seeds, from a fresh one or from FIRST_SEED, two seeds at a time: about a minute a seed, so
+# Every randomised CPU test with SEEDS seeds, from a fresh one or from FIRST_SEED, two seeds at a time: one or two minutes a seed, so
 # not part of CI. Tests that take long draw fewer cases with each seed: tests/many_seeds.py and its two markers say which. A run
 # that was stopped goes on from the last seed that it names.
 SEEDS ?= 200
