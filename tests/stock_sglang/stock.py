@@ -139,7 +139,10 @@ def in_ranks(work: Callable[[int], Any], args: Any, world_size: int, folder: Pat
         try:
             publish(args, rank)
             join(args, store, rank, world_size)
-            found, problem = work(rank), None
+            # As in SGLang's scheduler. Else torch.compile begins autograd's threads, and in a fork two of them at a time can end
+            # the process ("Invalid thread pool").
+            with torch.no_grad():
+                found, problem = work(rank), None
         except BaseException:
             found, problem = None, traceback.format_exc()
         results.put((rank, pickle.dumps(found), problem))
