@@ -20,7 +20,16 @@ from hopper_moe.eval.serving_bench.refresh_bad import BAD_UPDATES, NOT_SERVED, U
 from hopper_moe.eval.serving_bench.refresh_load import Reply
 from hopper_moe.eval.serving_bench.refresh_steps import STEPS, Run
 from hopper_moe.eval.serving_bench.trainer_calls import WeightCalls
-from hopper_moe.eval.serving_bench.trainer_tensors import aligned, buckets, experts_of, num_bytes, on_gpu, read, without
+from hopper_moe.eval.serving_bench.trainer_tensors import (
+    aligned,
+    buckets,
+    experts_of,
+    experts_of_all,
+    num_bytes,
+    on_gpu,
+    read,
+    without,
+)
 from hopper_moe.launch.ports import free_port
 from hopper_moe.quantization.errors import Refusal
 
@@ -79,6 +88,17 @@ def test_parts_of_a_checkpoint(same):
             experts_of(tensors, number, expert)
     with pytest.raises(Refusal, match="holds no .safetensors files"):
         read(same.parent, "cpu")
+
+
+def test_experts_for_more_layers_than_the_checkpoint_has(same):
+    tensors = read(same, "cpu") | {"mtp.0.ffn.experts.0.w1.weight": torch.zeros(1)}
+    given = experts_of_all(tensors, 5, shift=1)
+    assert len(given) == 5 * 36
+    for layer, source in enumerate((1, 2, 0, 1, 2)):
+        for name, tensor in experts_of(tensors, source).items():
+            assert given[name.replace(f"layers.{source}.", f"layers.{layer}.", 1)] is tensor
+    with pytest.raises(Refusal, match="no routed experts"):
+        experts_of_all({"mtp.0.ffn.experts.0.w1.weight": torch.zeros(1)}, 5, shift=0)
 
 
 def test_wide_types_come_first_in_a_flattened_bucket(same):
@@ -181,6 +201,32 @@ def test_the_step_that_broadcasts(tmp_path, same, other):
         assert server.calls.count("update_weights_from_distributed") == 3 * found["calls"] and not server.groups
         alone = STEPS["distributed"](replace(run, other_bits=None))
         assert alone["problems"] == [] and len(alone["seconds"]) == 1 and alone["backend"] == "nccl"
+
+
+def test_experts_of_a_whole_model(tmp_path, same, other):
+    with TrainerServer(same, tmp_path / "log") as server:
+        run = replace(run_of(server, same, other, {}), num_layers=5)
+        found = STEPS["whole"](run)
+        assert found["problems"] == [] and len(found["seconds"]) == len(found["gpu_mib"]) == 3
+        assert found["bytes"] == num_bytes(experts_of_all(read(same, "cpu"), 5, 0).values())
+        assert sum(name.startswith("layers.4.") for name in server.weights) == 36
+        with pytest.raises(Refusal, match="give --layers"):
+            STEPS["whole"](replace(run, num_layers=None))
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "words"),
+    [
+        ("forget", "other experts changed nothing"),
+        ("leak", "GPU memory grew by [0-9]+ MiB after the first"),
+        ("recapture", "the log has [0-9]+ lines about graph capture, it had 2"),
+        ("traces", "the first experts again: 500 of 500 log probabilities differ"),
+    ],
+)
+def test_what_is_wrong_with_a_whole_model_is_found(tmp_path, same, other, sabotage, words):
+    with TrainerServer(same, tmp_path / "log", sabotage) as server:
+        found = STEPS["whole"](replace(run_of(server, same, other, {}), num_layers=5))
+    assert [problem for problem in found["problems"] if re.search(words, problem)], found
 
 
 def test_after_a_refused_broadcast_the_step_ends_and_the_server_is_whole(tmp_path, same, other):

@@ -51,7 +51,7 @@ class StubGroup:
 
 class TrainerServer(Stub):
     """Weights are those of `folder` at first. `sabotage`: "leak", "recapture", "forget" (an update that stores nothing), "mix"
-    (a pause that lets running requests end with other weights and says nothing), "sleepless"."""
+    (a pause that lets running requests end with other weights and says nothing), "sleepless", "traces" (of every update)."""
 
     def __init__(self, folder: Path, log: Path, sabotage: str = "") -> None:
         super().__init__(reply=self.called)
@@ -170,7 +170,7 @@ class TrainerServer(Stub):
         if self.torn:
             return False, "bad is bad"
         if self.sabotage != "forget":
-            self.weights = self.weights | given
+            self.weights = self.weights | given | ({"trace": str(len(self.calls))} if self.sabotage == "traces" else {})
         self.version = version or self.version
         self.gpu_mib += 100 * (self.sabotage == "leak")
         if self.sabotage == "recapture":

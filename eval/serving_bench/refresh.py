@@ -8,7 +8,8 @@
 
 It runs on the server's host and holds both checkpoints in the memory of the first visible GPU, as a trainer would. Steps: `same`
 weights, `other` ones, `many` refreshes in a row, under `load`, `bad` updates; only if they are named: `sleep` (needs
---enable-memory-saver), `distributed` (by broadcast in a process group with the server) and `torn`, which ends the server.
+--enable-memory-saver), `distributed` (by broadcast in a process group with the server), `whole` (experts of all --layers of a
+model of which the checkpoint holds a few layers) and `torn`, which ends the server.
 OUT is written after each step; the exit code is 1 if anything was wrong.
 """
 
@@ -79,6 +80,7 @@ def run_steps(run: Run, names: list[str], facts: dict[str, Any], out: Path) -> l
 @click.option("--steps", default=",".join(USUAL), show_default=True)
 @click.option("--times", default=20, show_default=True, type=click.IntRange(1), help="Refreshes of the step `many`.")
 @click.option("--layer", default=2, show_default=True, help="Whose experts are sent alone.")
+@click.option("--layers", type=click.IntRange(1), help="Of the server's model, for the step `whole`.")
 @click.option("--bucket-mib", default=512, show_default=True, type=click.IntRange(1))
 @click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1), help="Of the step `load`.")
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="The server's --tp-size.")
@@ -101,6 +103,7 @@ def measure(
     steps: str,
     times: int,
     layer: int,
+    layers: int | None,
     bucket_mib: int,
     concurrency: int,
     ranks: int,
@@ -119,6 +122,7 @@ def measure(
         log,
         times,
         layer,
+        layers,
         bucket_mib << 20,
         concurrency,
         group_backend,

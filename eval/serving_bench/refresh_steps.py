@@ -22,7 +22,16 @@ from hopper_moe.eval.serving_bench.refresh_bad import BAD_UPDATES, NOT_SERVED, B
 from hopper_moe.eval.serving_bench.soak import observe
 from hopper_moe.eval.serving_bench.trainer_calls import Answer, WeightCalls
 from hopper_moe.eval.serving_bench.trainer_group import BroadcastCalls, TrainerGroup
-from hopper_moe.eval.serving_bench.trainer_tensors import Named, Tensors, buckets, experts_of, num_bytes, read, without
+from hopper_moe.eval.serving_bench.trainer_tensors import (
+    Named,
+    Tensors,
+    buckets,
+    experts_of,
+    experts_of_all,
+    num_bytes,
+    read,
+    without,
+)
 from hopper_moe.quantization.errors import Refusal
 
 SCORED = 500
@@ -66,6 +75,7 @@ class Run:
     log: Path | None = None
     times: int = 20
     layer: int = 2
+    num_layers: int | None = None  # of the server's model, for the step `whole`
     bucket_bytes: int = 512 << 20
     concurrency: int = 8
     group_backend: str = "nccl"  # of the step `distributed`
@@ -265,6 +275,29 @@ def step_distributed(run: Run) -> Found:
     return {**facts, "seconds": seconds, "problems": found + recaptured(captures, run.captures())}
 
 
+def step_whole(run: Run) -> Found:
+    """A last step: experts of every layer of a model of which `same` holds a few layers, three times: the first ones, others, and
+    the first again, whose bits come back."""
+    if run.num_layers is None:
+        raise Refusal("this step sends experts for every layer of the server's model: give --layers.")
+    captures, seconds, memory, answers, found = run.captures(), [], [], [], []
+    for shift in (0, 1, 0):
+        tensors = experts_of_all(run.same, run.num_layers, shift)
+        started = time.monotonic()
+        answer = run.calls.refresh(run.parts(tensors), flat=True)
+        seconds.append(round(time.monotonic() - started, 3))
+        if not answer.success:
+            raise Lost(f"refused ({answer.message[:300]}).")
+        memory.append(run.look(run.url)["gpu_mib"])
+        answers.append(bits(run.url))
+    found += unequal("the first experts again", answers[2], answers[0])
+    found += [] if unequal("", answers[1], answers[0]) else ["other experts changed nothing"]
+    if (grown := memory[2] - memory[0]) > GROWTH_MIB:
+        found.append(f"GPU memory grew by {grown:.0f} MiB after the first refresh")
+    sizes = {"bytes": num_bytes(tensors.values()), "calls": len(run.parts(tensors)), "seconds": seconds, "gpu_mib": memory}
+    return {**sizes, "problems": found + recaptured(captures, run.captures())}
+
+
 def step_torn(run: Run) -> Found:
     """The last step: after a bad update generation goes on, against the documentation. The server must end, not answer."""
     answer = run.calls.refresh([list(experts_of(run.same, run.layer, 5).items())[:3]])
@@ -287,6 +320,7 @@ STEPS: dict[str, Callable[[Run], Found]] = {
     "bad": step_bad,
     "sleep": step_sleep,
     "distributed": step_distributed,
+    "whole": step_whole,
     "torn": step_torn,
 }
 USUAL: Sequence[str] = ("same", "other", "many", "load", "bad")

@@ -41,6 +41,26 @@ def experts_of(tensors: Tensors, layer: int, expert: int | None = None) -> dict[
     return found
 
 
+def experts_of_all(tensors: Tensors, num_layers: int, shift: int) -> dict[str, torch.Tensor]:
+    """Routed experts for `num_layers` layers from a checkpoint of fewer: its layers in turn, layer 0 gets those of layer `shift`.
+
+    No memory beside the checkpoint's. Raises `Refusal` where it has no experts.
+    """
+    present = sorted({int(match[1].removeprefix("layers.")) for match in map(EXPERT_TENSOR.match, tensors) if _is_layer(match)})
+    if not present:
+        raise Refusal("the checkpoint has no routed experts in layers.*: give one that has.")
+    given = [experts_of(tensors, layer) for layer in present]
+    return {
+        _LAYER.sub(f"layers.{layer}.", name, count=1): tensor
+        for layer in range(num_layers)
+        for name, tensor in given[(layer + shift) % len(given)].items()
+    }
+
+
+def _is_layer(match: re.Match[str] | None) -> bool:
+    return match is not None and match[1].startswith("layers.")
+
+
 def without(tensors: Tensors, other: Iterable[str]) -> dict[str, torch.Tensor]:
     dropped = set(other)
     return {name: tensor for name, tensor in tensors.items() if name not in dropped}
