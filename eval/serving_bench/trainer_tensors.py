@@ -46,7 +46,8 @@ def experts_of_all(tensors: Tensors, num_layers: int, shift: int) -> dict[str, t
 
     No memory beside the checkpoint's. Raises `Refusal` where it has no experts.
     """
-    present = sorted({int(match[1].removeprefix("layers.")) for match in map(EXPERT_TENSOR.match, tensors) if _is_layer(match)})
+    matches = [match[1] for match in map(EXPERT_TENSOR.match, tensors) if match]
+    present = sorted({int(part.removeprefix("layers.")) for part in matches if part.startswith("layers.")})
     if not present:
         raise Refusal("the checkpoint has no routed experts in layers.*: give one that has.")
     given = [experts_of(tensors, layer) for layer in present]
@@ -55,10 +56,6 @@ def experts_of_all(tensors: Tensors, num_layers: int, shift: int) -> dict[str, t
         for layer in range(num_layers)
         for name, tensor in given[(layer + shift) % len(given)].items()
     }
-
-
-def _is_layer(match: re.Match[str] | None) -> bool:
-    return match is not None and match[1].startswith("layers.")
 
 
 def without(tensors: Tensors, other: Iterable[str]) -> dict[str, torch.Tensor]:
