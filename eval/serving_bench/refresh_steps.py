@@ -1,6 +1,7 @@
 """What `refresh` does with a running server, step by step; each step says what it found and what is wrong with it.
 
-Every step begins and ends with the weights of the folder that the server was started with.
+Every step begins and ends with the weights of the folder that the server was started with, but for `whole` and `torn`, which come
+last.
 """
 
 from __future__ import annotations
