@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from trainer_server import StubGroup, TrainerServer, serialize
 
-from hopper_moe.eval.serving_bench import refresh, refresh_load, refresh_steps
+from hopper_moe.eval.serving_bench import refresh, refresh_load, refresh_steps, trainer_ipc
 from hopper_moe.eval.serving_bench.refresh_bad import BAD_UPDATES, NOT_SERVED, UNCHANGED, BadUpdate, with_nan
 from hopper_moe.eval.serving_bench.refresh_load import Reply
 from hopper_moe.eval.serving_bench.refresh_steps import STEPS, Run
@@ -25,6 +25,7 @@ from hopper_moe.eval.serving_bench.trainer_tensors import (
     buckets,
     experts_of,
     experts_of_all,
+    layers,
     num_bytes,
     on_gpu,
     read,
@@ -153,7 +154,7 @@ def test_what_a_load_concludes():
 
 def run_of(server: TrainerServer, same: Path, other: Path, bits: dict) -> Run:
     calls = WeightCalls(server.url.removesuffix("/v1"), serialize=serialize)
-    stubs = {"look": server.look, "join": partial(StubGroup, server)}
+    stubs = {"look": server.look, "join": partial(StubGroup, server), "by_ipc": server.by_ipc}
     run = Run(calls, same, other, bits, server.log, times=3, bucket_bytes=600, device="cpu", settle=0.2, **stubs)
     assert run.before
     return run
@@ -203,6 +204,31 @@ def test_the_step_that_broadcasts(tmp_path, same, other):
         assert alone["problems"] == [] and len(alone["seconds"]) == 1 and alone["backend"] == "nccl"
 
 
+def test_the_step_through_checkpoint_engine(tmp_path, same, other):
+    with TrainerServer(same, tmp_path / "log") as server:
+        run = run_of(server, same, other, recorded(other, tmp_path))
+        found = STEPS["ipc"](run)
+        assert found["problems"] == [] and len(found["seconds"]) == 3 and "experts.5.w1.weight did not come" in found["answer"]
+        assert refresh_steps.bits(run.url) == run.before and not server.paused
+
+
+def test_checkpoint_engine_gets_a_layer_in_one_message(same):
+    tensors = read(same, "cpu")
+    assert [len(part) for part in layers(tensors)] == [40, 40, 40, 1] and layers({}) == []
+    of_ranks = [trainer_ipc.parts(tensors, rank, 2) for rank in range(2)]
+    assert [[len(part) for part in parts] for parts in of_ranks] == [[40, 0, 40, 0], [0, 40, 0, 1]]
+    assert trainer_ipc.buffer_gib(tensors) == 1
+    assert (
+        trainer_ipc.buffer_gib({f"layers.{n}.w": torch.empty(1 << 30, n, device="meta", dtype=torch.int8) for n in (1, 3)}) == 3
+    )
+
+
+def test_without_checkpoint_engine_the_step_says_what_to_install(tmp_path, same, monkeypatch):
+    monkeypatch.setattr(trainer_ipc.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(Refusal, match="pip install checkpoint-engine"):
+        trainer_ipc.send("http://127.0.0.1:1", same, 1)
+
+
 def test_experts_of_a_whole_model(tmp_path, same, other):
     with TrainerServer(same, tmp_path / "log") as server:
         run = replace(run_of(server, same, other, {}), num_layers=5)
@@ -250,6 +276,9 @@ def test_after_a_refused_broadcast_the_step_ends_and_the_server_is_whole(tmp_pat
         ("forget", "load", "nothing was shown"),
         ("forget", "distributed", "other: 500 of 500 log probabilities differ"),
         ("recapture", "distributed", "the log has [0-9]+ lines about graph capture, it had 2"),
+        ("forget", "ipc", "other: 500 of 500 log probabilities differ"),
+        ("recapture", "ipc", "the log has [0-9]+ lines about graph capture, it had 2"),
+        ("blind", "ipc", r"without layers\.2\.ffn\.experts\.5\."),
         ("mix", "load", "retract: [0-9]+ answers are of both weights and do not say so"),
         ("sleepless", "sleep", "0 MiB were released"),
     ],

@@ -51,7 +51,8 @@ class StubGroup:
 
 class TrainerServer(Stub):
     """Weights are those of `folder` at first. `sabotage`: "leak", "recapture", "forget" (an update that stores nothing), "mix"
-    (a pause that lets running requests end with other weights and says nothing), "sleepless", "traces" (of every update)."""
+    (a pause that lets running requests end with other weights and says nothing), "sleepless", "traces" (of every update), "blind"
+    (to what did not come)."""
 
     def __init__(self, folder: Path, log: Path, sabotage: str = "") -> None:
         super().__init__(reply=self.called)
@@ -155,6 +156,17 @@ class TrainerServer(Stub):
         if not self.in_session or body["group_name"] not in self.groups:
             return False, "no session, or no group"
         return self._store(dict(zip(body["names"], self.broadcast, strict=True)), body["weight_version"])
+
+    def by_ipc(self, _url: str, folder: Path, _ranks: int, leave_out: str = "") -> Answer:
+        """What stands for `trainer_ipc.send`."""
+        given = {name: digest(tensor) for name, tensor in read(folder, "cpu").items()}
+        if not leave_out:
+            with self._change:
+                return Answer(*self._store(given, None))
+        if self.sabotage != "blind":
+            self.weights = self.weights | {f"{leave_out}w1.weight": "half"}
+            return Answer(False, f"{leave_out}w1.weight did not come")
+        return Answer(True, "Success")
 
     def update_weights_from_disk(self, body: dict[str, Any]) -> tuple[bool, str]:
         if not self.paused:

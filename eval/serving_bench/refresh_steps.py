@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hopper_moe.eval.serving_bench import refresh_load
+from hopper_moe.eval.serving_bench import refresh_load, trainer_ipc
 from hopper_moe.eval.serving_bench.compare import greedy, scored
 from hopper_moe.eval.serving_bench.refresh_bad import BAD_UPDATES, NOT_SERVED, BadUpdate
 from hopper_moe.eval.serving_bench.soak import observe
@@ -84,6 +84,7 @@ class Run:
     look: Callable[[str], dict[str, Any]] = field(default=observe)
     settle: float = 2.0  # seconds of load before and after an update
     join: Callable[[str, int, str], TrainerGroup] = TrainerGroup
+    by_ipc: Callable[..., Answer] = trainer_ipc.send
 
     @cached_property
     def before(self) -> Bits:
@@ -276,6 +277,29 @@ def step_distributed(run: Run) -> Found:
     return {**facts, "seconds": seconds, "problems": found + recaptured(captures, run.captures())}
 
 
+def step_ipc(run: Run) -> Found:
+    """Through checkpoint-engine: the same weights change no bit, other ones come and go, an expert that stays out is named."""
+    turns = [("the same", run.same_folder, run.before)]
+    if run.other_folder and run.other_bits:
+        turns += [("other", run.other_folder, run.other_bits), ("the same again", run.same_folder, run.before)]
+    captures, seconds, found = run.captures(), [], []
+    for what, folder, wanted in turns:
+        started = time.monotonic()
+        answer = run.by_ipc(run.url, folder, run.calls.ranks)
+        seconds.append(round(time.monotonic() - started, 3))
+        found += run.check(what, answer, wanted)
+    absent = f"layers.{run.layer}.ffn.experts.5."
+    run.calls.pause("retract")  # the layer is not served until it is whole again
+    answer = run.by_ipc(run.url, run.same_folder, run.calls.ranks, absent)
+    if answer.success or not re.search(r"experts\.5\..* did not come", answer.message):
+        found.append(f"without {absent}*: {answer.message[:300]!r}")
+    found += run.refused("healing", run.calls.session(run.parts(experts_of(run.same, run.layer))))
+    run.calls.go_on()
+    found += unequal("healed", bits(run.url), run.before)
+    facts = {"bytes": num_bytes(run.same.values()), "seconds": seconds, "answer": answer.message[:300]}
+    return {**facts, "problems": found + recaptured(captures, run.captures())}
+
+
 def step_whole(run: Run) -> Found:
     """A last step: experts of every layer of a model of which `same` holds a few layers, three times: the first ones, others, and
     the first again, whose bits come back."""
@@ -321,6 +345,7 @@ STEPS: dict[str, Callable[[Run], Found]] = {
     "bad": step_bad,
     "sleep": step_sleep,
     "distributed": step_distributed,
+    "ipc": step_ipc,
     "whole": step_whole,
     "torn": step_torn,
 }

@@ -81,6 +81,16 @@ def buckets(tensors: Tensors, max_bytes: int) -> list[list[Named]]:
     return parts
 
 
+def layers(tensors: Tensors) -> list[list[Named]]:
+    """The tensors of each layer, in the checkpoint's order of layers, and those of no layer last."""
+    found: dict[str, list[Named]] = {}
+    for name, tensor in tensors.items():
+        layer = _LAYER.match(name)
+        found.setdefault(layer[1] if layer else "", []).append((name, tensor))
+    rest = found.pop("", [])
+    return [*found.values(), *([rest] if rest else [])]
+
+
 def _groups(tensors: Tensors) -> list[list[Named]]:
     found: dict[str, list[Named]] = {}
     for name, tensor in tensors.items():

@@ -27,6 +27,10 @@ CALLS = {  # name -> class of its answer in SGLang's io_struct
     IPC: "UpdateWeightsFromIPCReqOutput",
     END: "EndWeightUpdateReqOutput",
 }
+IPC_WITH_DRAFT = (
+    "update_weights_from_ipc would wait for ever: SGLang asks the sender again for the speculative draft, and checkpoint-engine "
+    "sends once. Use update_weights_from_tensor or update_weights_from_disk, or serve without a draft."
+)
 _WITH_BARRIER = (END, "update_weights_from_tensor")  # calls that all ranks leave together
 
 
@@ -37,6 +41,8 @@ def answer(original: Callable[..., Any], manager: Any, request: Any) -> Any:
         return original(manager, request)
     name = original.__name__
     if name == IPC:  # opens no session
+        if len(manager._select_runners("all")) > 1:
+            return _output(name)(success=False, message=IPC_WITH_DRAFT)
         for ledger in ledgers:
             ledger.begin()
     try:

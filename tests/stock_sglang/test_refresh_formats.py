@@ -16,6 +16,7 @@ from test_refresh import BAD, EP4, NAME, bytes_changed, spread
 
 from hopper_moe.moe_backends.runners.fp8_mega import Fp8MegaRunner
 from hopper_moe.moe_backends.runners.w4a16 import W4A16Runner
+from hopper_moe.moe_backends.sglang.weight_calls import IPC_WITH_DRAFT
 from hopper_moe.quantization import packing_w4a16
 from hopper_moe.quantization.codecs import quantize_mxfp4
 from hopper_moe.quantization.packing import PackedExperts
@@ -159,9 +160,12 @@ def test_an_ipc_update_answers_what_its_post_hook_hides(model, old, new, tmp_pat
             sent[:] = tensors
             found.append(server.call("update_weights_from_ipc", "UpdateWeightsFromIPCReqInput", zmq_handles={}))
             found.append(server.reason)
-        return found
+        server.manager.draft_worker = server.manager.tp_worker
+        with_draft = server.call("update_weights_from_ipc", "UpdateWeightsFromIPCReqInput", zmq_handles={})
+        return [*found, with_draft, server.reason]
 
-    ((half, reason, whole, served),) = stock.in_ranks(work, stock.resolve(model), 1, tmp_path)
+    ((half, reason, whole, served, *with_draft),) = stock.in_ranks(work, stock.resolve(model), 1, tmp_path)
+    assert with_draft == [(False, IPC_WITH_DRAFT), None], "checkpoint-engine sends once, SGLang asks for each of two models"
     assert not half[0] and "experts.5.w3.weight did not come" in half[1] and reason == half[1]
     assert whole[0] and served is None
 
