@@ -161,6 +161,7 @@ def test_servers_that_fill_the_gpus_run_in_turn(tmp_path, sglang, monkeypatch):
         (breakdown.main, ["URL", "--concurrency", "1", "--out", "OUT"], "URL/start_profile does not answer"),
         (report.main, ["FOLDER"], "lacks serving.jsonl or servers.json"),
         (bench.main, ["model", "--concurrency", "x", "--out", "OUT"], "--concurrency 'x' is not a list of positive numbers"),
+        (bench.main, ["model", "--also", "8192", "--out", "OUT"], "--also '' is not a list of positive numbers"),
         (bench.main, ["model", "--concurrency", "8,0", "--out", "OUT"], "--concurrency '8,0' is not a list of positive numbers"),
     ],
 )
@@ -304,10 +305,11 @@ def test_the_servers_own_pace_is_read_while_all_requests_decode():
 
 
 def test_loads_are_prompts_alone_and_batches():
-    planned = loads([1, 64], [1024, 8192], 256)
+    planned = loads({1024: [1, 64], 8192: [1, 64]}, 256)
     assert [(load.concurrency, load.output_len) for load in first_round(planned)] == [(1, 1), (64, 32)]
     assert first_round(planned)[-1].input_len == 8192
-    assert [load.num_prompts for load in loads([1, 64], [1024], 256, batches=1)[1:]] == [1, 64]
+    assert [load.num_prompts for load in loads({1024: [1, 64]}, 256, batches=1)[1:]] == [1, 64]
+    assert bench.lengths("1024", "1,8", ["8192:1,64"]) == {1024: [1, 8], 8192: [1, 64]}
     assert [(p.concurrency, p.num_prompts, p.input_len, p.output_len) for p in planned] == [
         (1, 6, 8192, 1), (1, 4, 1024, 256), (64, 128, 1024, 256), (1, 4, 8192, 256), (64, 128, 8192, 256)
     ]  # fmt: skip

@@ -27,7 +27,7 @@ import click
 
 from hopper_moe.eval.serving_bench.load import Load, measure
 from hopper_moe.eval.serving_bench.server import log_facts, start
-from hopper_moe.kernels.benchmarks.options import RefusingCommand, commit_option
+from hopper_moe.kernels.benchmarks.options import RefusingCommand, commit_option, numbers
 from hopper_moe.launch.server_process import ServerProcess, Servers, servers
 from hopper_moe.moe_backends.sglang.plan import BACKEND
 from hopper_moe.quantization.errors import Refusal
@@ -38,20 +38,22 @@ PREFILL = Load(concurrency=1, num_prompts=6, input_len=8192, output_len=1)
 FIRST_OUTPUT_LEN = 32  # of the round that is not kept
 
 
-def loads(concurrencies: Sequence[int], input_lens: Sequence[int], output_len: int, batches: int | None = None) -> list[Load]:
-    """Prompts alone, then for each length of prompts `batches` of requests at each concurrency (None: two, four at 1 and 8), in
-    the order given."""
+def loads(concurrencies: dict[int, Sequence[int]], output_len: int, batches: int | None = None) -> list[Load]:
+    """Prompts alone, then for each length of prompts `batches` of requests at each of its concurrencies (None: two, four at 1 and
+    8), in the order given."""
     return [
         PREFILL,
-        *(Load(c, c * (batches or (4 if c < 32 else 2)), length, output_len) for length in input_lens for c in concurrencies),
+        *(Load(c, c * (batches or (4 if c < 32 else 2)), length, output_len) for length, at in concurrencies.items() for c in at),
     ]
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """The positive numbers of a text such as 8,64."""
-    if not all(part.isdecimal() and int(part) for part in text.split(",")):
-        raise Refusal(f"{option} {text!r} is not a list of positive numbers: write it as 8,64.")
-    return [int(part) for part in text.split(",")]
+def lengths(input_len: str, concurrency: str, also: Sequence[str]) -> dict[int, Sequence[int]]:
+    """Concurrencies of each length of prompts; `also` has entries such as 8192:1,64."""
+    found: dict[int, Sequence[int]] = dict.fromkeys(numbers("--input-len", input_len), numbers("--concurrency", concurrency))
+    for entry in also:
+        length, _, at = entry.partition(":")
+        found[numbers("--also", length)[0]] = numbers("--also", at)
+    return found
 
 
 def first_round(planned: Sequence[Load]) -> list[Load]:
@@ -120,6 +122,7 @@ def describe(server: ServerProcess, together: bool) -> dict[str, Any]:
 @click.option("--backends", default=f"{BACKEND},marlin,flashinfer_mxfp4,flashinfer_mxfp4_fp8", show_default=True)
 @click.option("--concurrency", default="1,8,32,64,128", show_default=True)
 @click.option("--input-len", default="1024", show_default=True, help="Tokens of a prompt; several lengths with commas.")
+@click.option("--also", multiple=True, metavar="LENGTH:CONCURRENCY", help="Another length at other concurrencies: 8192:1,64.")
 @click.option("--output-len", default=1024, show_default=True)
 @click.option("--batches", type=click.IntRange(1), help="Batches of requests at each concurrency  [default: 2, 4 below 32]")
 @click.option("--rounds", default=ROUNDS, show_default=True)
@@ -136,6 +139,7 @@ def main(
     backends: str,
     concurrency: str,
     input_len: str,
+    also: tuple[str, ...],
     output_len: int,
     batches: int | None,
     rounds: int,
@@ -148,8 +152,7 @@ def main(
     out: Path,
     sglang_arguments: tuple[str, ...],
 ) -> None:
-    lengths = numbers("--input-len", input_len)
-    planned, names = loads(numbers("--concurrency", concurrency), lengths, output_len, batches), backends.split(",")
+    planned, names = loads(lengths(input_len, concurrency, also), output_len, batches), backends.split(",")
     if in_turn and then:
         raise Refusal("--then sees all servers at once, and --in-turn runs one at a time: give one of them.")
     out.mkdir(parents=True, exist_ok=True)

@@ -62,3 +62,10 @@ def take_lists(arguments: Sequence[str], option: str) -> list[str]:
             inside = False
             spread.append(argument)
     return spread
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The positive numbers of a text such as 8,64."""
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise Refusal(f"{option} {text!r} is not a list of positive numbers: write it as 8,64.")
+    return [int(part) for part in text.split(",")]
