@@ -22,6 +22,7 @@ NEEDS_SGLANG = {
     "eval/layer_bench/baselines/marlin.py": "measures SGLang's Marlin kernel",
     "eval/serving_bench/load.py": "SGLang's load generator",
     "eval/serving_bench/random_v41.py": "the hash layout of Engram's tables is SGLang's",
+    "eval/serving_bench/stock_rows.py": "calls SGLang's fused hyper-connections by themselves",
     "eval/serving_bench/trainer_group.py": "SGLang's own way to join a process group for its weight calls",
     "eval/serving_bench/trainer_tensors.py": "SGLang's own form of tensors for its weight calls",
 }
