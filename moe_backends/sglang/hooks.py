@@ -1,11 +1,11 @@
 """Every hook into SGLang, each with its reason. Nothing else in this repository changes SGLang's behaviour.
 
-Three kinds. *Resolution* hooks run once, in the process that resolves the command line. *Around* hooks are applied by SGLang's
-own HookRegistry in every process. *Takeovers* replace functions of SGLang's modules, only in a worker and only when it builds a
-layer of ours: two of `mega_moe.py` for the "megamoe" exchange, the scheduler's calls for weights, one of the loader for
-`--load-format dummy`. SGLang looks these functions up at every call; models and layers that are not ours are passed to the
-originals. HookRegistry is not used for them: it would import these modules in the launcher, which takes seconds, and would
-swallow a failure.
+Three kinds. *Resolution* hooks run once, in the process that resolves the command line. *Around* hooks are applied by
+SGLang's own HookRegistry in every process. *Takeovers* replace functions of SGLang's modules, only in a worker and only when
+it builds a layer of ours: two of `mega_moe.py` for the "megamoe" exchange, the scheduler's calls for weights and its loops
+for pipeline stages, one of the loader for `--load-format dummy`. SGLang looks these functions up at every call; models and
+layers that are not ours are passed to the originals. HookRegistry is not used for them: it would import these modules in the
+launcher, which takes seconds, and would swallow a failure.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hopper_moe.moe_backends.env import CAPACITY_NOTE, settings
 from hopper_moe.moe_backends.env_table import DUMMY_ROUTING, STOCK_CAPACITY
 from hopper_moe.moe_backends.kernel_specs import REGISTRY
 from hopper_moe.moe_backends.registry import Choice, choose
-from hopper_moe.moe_backends.sglang import compat, seams, weight_calls
+from hopper_moe.moe_backends.sglang import compat, lost_node, seams, weight_calls
 from hopper_moe.moe_backends.sglang.early_rules import declarations, early_refusals, uncapturable
 from hopper_moe.moe_backends.sglang.group_rules import exchange_reason
 from hopper_moe.moe_backends.sglang.late_rules import division_refusals, late_refusals, serving_plan
@@ -156,6 +156,7 @@ def take_over(exchange: str) -> None:
     if exchange == DEEPEP_EXCHANGE:
         compat.require_deepep()
     _replace(WEIGHT_CALLS)
+    _replace(STAGE_LOOPS)
     if exchange == FUSED_EXCHANGE:
         _replace(TAKEOVERS)
 
@@ -235,6 +236,10 @@ WEIGHT_CALLS = (
         for name in weight_calls.CALLS
     ),
     Hook(f"{weight_calls.MANAGER}.{weight_calls.RESUME}", weight_calls.resume, "weights without a backup are garbage after it"),
+)
+STAGE_LOOPS = tuple(
+    Hook(f"{lost_node.MIXIN}.{name}", lost_node.watch, "a node that is gone is a traceback of gloo's otherwise")
+    for name in lost_node.LOOPS
 )
 DUMMY_WEIGHTS = Hook(
     "sglang.srt.model_loader.loader.initialize_dummy_weights",

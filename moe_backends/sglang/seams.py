@@ -23,6 +23,7 @@ _RUN_MEGA = (
     "activation num_shared_experts shared_l1_weights shared_l2_weights routing_in_buffer"
 )
 
+_STAGES = "sglang.srt.managers.scheduler_pp_mixin.SchedulerPPMixin"
 _WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 VERSION = "0.5.23"
@@ -80,6 +81,9 @@ WORKER: Table = {
     f"{_WEIGHTS}.end_weight_update": "self recv_req",
     f"{_WEIGHTS}.resume_memory_occupation": "self recv_req",
     f"{_WEIGHTS}._select_runners": "self selector",
+    f"{_STAGES}.event_loop_pp": "self",
+    f"{_STAGES}.event_loop_pp_disagg_prefill": "self",
+    f"{_STAGES}.event_loop_pp_disagg_decode": "self",
 }
 
 

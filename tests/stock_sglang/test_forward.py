@@ -15,7 +15,8 @@ import torch
 from stock import FACTOR, HIDDEN, ROUNDING, TOP_K
 
 from hopper_moe.kernels.reference import moe_layer
-from hopper_moe.moe_backends.sglang.hooks import MARK, TAKEOVERS
+from hopper_moe.moe_backends.sglang import seams
+from hopper_moe.moe_backends.sglang.hooks import MARK, STAGE_LOOPS, TAKEOVERS
 
 TOKENS = (4, 0, 1, 3, 0, 2, 5, 4)  # rows of each rank under attention data parallelism
 EP8 = ("--tp-size", "8", "--ep-size", "8")
@@ -101,7 +102,7 @@ def run_exchange(model, tmp_path, checkpoint, rows, argv=EP8_EXCHANGE, sabotage=
         assert mega_moe.should_use_mega_moe(block, rows[rank])
         y = block(rows[rank].clone())
         ((_, x, ids, weights), kwargs) = calls[0]
-        taken_over = all(getattr(mega_moe, hook.target.rpartition(".")[2]).__wrapped__ for hook in TAKEOVERS)
+        taken_over = all(seams.resolve(hook.target).__wrapped__ for hook in TAKEOVERS + STAGE_LOOPS)
         return y, ids, weights, kwargs, taken_over, len(calls)
 
     return stock.in_ranks(work, stock.resolve(model, *argv), len(rows), tmp_path)
