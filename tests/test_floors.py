@@ -20,6 +20,7 @@ NEEDS_SGLANG = {
     "launch/sglang_args.py": "SGLang's own parser reads the flags of a launch",
     "eval/layer_bench/baselines/humming.py": "measures SGLang's Humming runner",
     "eval/layer_bench/baselines/marlin.py": "measures SGLang's Marlin kernel",
+    "eval/layer_bench/placement.py": "experts are placed by SGLang's own EPLB",
     "eval/serving_bench/load.py": "SGLang's load generator",
     "eval/serving_bench/random_v41.py": "the hash layout of Engram's tables is SGLang's",
     "eval/serving_bench/stock_rows.py": "calls SGLang's fused hyper-connections by themselves",

@@ -9,6 +9,9 @@ from hopper_moe.launch.lazy_group import Command, LazyGroup
 COMMANDS = {
     "backends": Command("hopper_moe.eval.layer_bench.backends:main", "Time every kernel that runs here on the same layer."),
     "accuracy": Command("hopper_moe.eval.layer_bench.accuracy:main", "Measure how far every kernel is from exact arithmetic."),
+    "skew": Command(
+        "hopper_moe.eval.layer_bench.skew:main", "Time the fused kernel under skewed routing, with EPLB and without."
+    ),
     "layer": Command("hopper_moe.kernels.benchmarks.mega_moe:main", "Time the fused kernel on one layer, one rank or several."),
 }
 

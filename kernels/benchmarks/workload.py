@@ -142,16 +142,23 @@ def random_tokens(shape: ModelShape, num_tokens: int, generator: torch.Generator
 
 
 def random_routing(
-    num_tokens: int, num_experts: int, top_k: int, routing: str, generator: torch.Generator, device: str = "cuda"
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    routing: str,
+    generator: torch.Generator,
+    device: str = "cuda",
+    *,
+    exponent: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(int32 ids [num_tokens, top_k], float32 weights summing to 1 per token).
 
-    uniform: every set of distinct experts equally likely. zipf: expert e drawn in proportion to 1 / (e + 1), distinct per token.
-    one_hot: every token's first slot is expert 0, the other slots uniform over the rest.
+    uniform: every set of distinct experts equally likely. zipf: expert e drawn in proportion to 1 / (e + 1)^exponent, distinct
+    per token. one_hot: every token's first slot is expert 0, the other slots uniform over the rest.
     """
     weight = torch.ones(num_experts, device=device)
     if routing == "zipf":
-        weight = 1 / torch.arange(1, num_experts + 1, device=device)
+        weight = torch.arange(1, num_experts + 1, device=device).float() ** -exponent
     # Gumbel top-k: distinct draws in proportion to `weight`, without a host loop
     noise = -torch.log(-torch.log(torch.rand(num_tokens, num_experts, device=device, generator=generator).clamp(1e-9, 1 - 1e-7)))
     score = noise + weight.log()
