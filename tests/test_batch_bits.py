@@ -99,6 +99,7 @@ class Layer(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.wq, self.norm = SplitLinear(64, 16, bias=False, dtype=torch.bfloat16), RowNorm()
+        self.experts, self.shared_experts = (torch.nn.Sequential(torch.nn.Linear(64, 8).bfloat16()) for _ in range(2))
         self.hc_mult, self.hidden_size, self.hc_attn_fn, self.hc_attn_scale, self.hc_attn_base = 4, 64, None, None, None
 
     def hc_pre(self, rows: torch.Tensor, *_parameters: object) -> tuple[torch.Tensor, None]:
@@ -113,6 +114,7 @@ def test_operations_that_round_a_row_by_its_batch_are_named(tmp_path):
     layer.register_forward_hook(stock_rows.probe({"out": str(out)}))
     layer(torch.zeros(3, 64, dtype=torch.bfloat16))
     found = json.loads(out.read_text())
+    assert list(found)[:3] == ["wq", "norm", "shared_experts.0"]
     assert found["norm"] == {"row": [64], "other_bits": {}}
     assert set(found["wq"]["other_bits"]) <= {str(size) for size in stock_rows.BATCHES if size > 32} and found["wq"]["other_bits"]
     assert all(0 < far < 0.1 for far in found["wq"]["other_bits"].values())

@@ -63,7 +63,7 @@ def operations(layer: torch.nn.Module) -> Iterator[tuple[str, _Operation, tuple[
     """(name, function of rows, shape of a row) of a layer's linears, norms, gate, shared experts and hyper-connections."""
     for name, module in layer.named_modules():
         width = _width(module)
-        if width and not any(part in name for part in ("experts.", "hc_")):
+        if width and ".experts." not in f".{name}.":  # routed experts are no linears
             yield name, _calling(module), (width,)
     if hasattr(layer, "hc_pre") and hasattr(layer, "hc_attn_fn"):
         yield from _hyper_connections(layer)
