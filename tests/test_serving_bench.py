@@ -226,6 +226,8 @@ def test_a_step_is_added_up_by_what_kernels_do():
     found = breakdown.summarize(events, 2)
     assert (found["step_us"], found["busy_us"]) == (105, 80)
     assert found["groups_us"] == {"routed experts": 50, "attention": 25, "dense linears": 10, "other": 5}
+    shares = {"routed experts": 45, "attention": 25, "no kernel": 25, "dense linears": 5, "other": 5}
+    assert found["shares_us"] == shares and sum(shares.values()) == found["step_us"]
     assert found["kernels"][0] == {"us_a_step": 50, "calls_a_step": 0.5, "name": events[0]["name"]}
 
 

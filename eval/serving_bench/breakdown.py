@@ -16,8 +16,9 @@ import re
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hopper_moe.eval.serving_bench.http_calls import post
 from hopper_moe.kernels.benchmarks.options import RefusingCommand
 from hopper_moe.quantization.errors import Refusal
 
-# First match wins. Kernel names of SGLang 0.5.17, FlashInfer 0.6 and ours.
+# First match wins. Kernel names of SGLang 0.5.23, FlashInfer 0.7 and ours.
 _EXPERTS = (
     "hopper_moe", "mega_moe", "pre_dispatch", "marlin_moe", "moe_wna16", r"Marlin<", "moe_align", "fused_moe", "MoeGemm", "moe::",
     "GroupedGemm", "GroupProblemShape", "tensorrt_llm", "cutlass_extensions", "moe_sum", "count_and_sort", "expand_?input",
@@ -51,7 +52,8 @@ def group_of(kernel: str) -> str:
 def summarize(events: Iterable[dict[str, Any]], num_steps: int) -> dict[str, Any]:
     """Microseconds a step of each group and of the largest kernels, from the events of a Chrome trace.
 
-    Kernels of parallel streams overlap, so groups may add up to more than `busy_us`, the time in which any kernel ran.
+    Kernels of parallel streams overlap, so `groups_us` may add up to more than `busy_us`, the time in which any kernel ran. In
+    `shares_us` kernels that run at once share the time equally, and "no kernel" is the rest: they add up to `step_us`.
     """
     kernels = [e for e in events if e.get("ph") == "X" and e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     groups: dict[str, float] = defaultdict(float)
@@ -71,12 +73,28 @@ def summarize(events: Iterable[dict[str, Any]], num_steps: int) -> dict[str, Any
         "steps": num_steps,
         "step_us": round(span, 1),
         "busy_us": round(busy / num_steps, 1),
+        "shares_us": {
+            group: round(us, 1) for group, us in sorted(_shares(kernels, num_steps).items(), key=lambda item: -item[1])
+        },
         "groups_us": {group: round(us, 1) for group, us in sorted(groups.items(), key=lambda item: -item[1])},
         "kernels": [
             {"us_a_step": round(sum(d) / num_steps, 1), "calls_a_step": round(len(d) / num_steps, 2), "name": name[:160]}
             for name, d in largest
         ],
     }
+
+
+def _shares(kernels: list[dict[str, Any]], num_steps: int) -> dict[str, float]:
+    """us a step of each group from the first kernel's start to the last one's end, an instant divided among what runs in it."""
+    edges = sorted((at, end, group_of(e["name"])) for e in kernels for at, end in ((e["ts"], 1), (e["ts"] + e["dur"], -1)))
+    shares: dict[str, float] = defaultdict(float)
+    running: Counter[str] = Counter()
+    for (at, change, group), (then, *_) in pairwise(edges):
+        running[group] += change
+        total = running.total()
+        for name, count in (running if total else {"no kernel": 1}).items():
+            shares[name] += (then - at) * count / max(total, 1) / num_steps
+    return {name: us for name, us in shares.items() if us}
 
 
 def record(url: str, concurrency: int, num_steps: int, context: int, seconds: float = 60) -> list[dict[str, Any]]:
@@ -115,7 +133,7 @@ def record(url: str, concurrency: int, num_steps: int, context: int, seconds: fl
 def main(url: str, concurrency: int, steps: int, context: int, out: Path) -> None:
     found = {"concurrency": concurrency, "context": context, **summarize(record(url, concurrency, steps, context), steps)}
     out.write_text(json.dumps(found, indent=1) + "\n")
-    click.echo(f"step {found['step_us']} us, busy {found['busy_us']} us: {found['groups_us']}")
+    click.echo(f"step {found['step_us']} us, busy {found['busy_us']} us: {found['shares_us']}")
 
 
 if __name__ == "__main__":
