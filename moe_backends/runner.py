@@ -31,16 +31,23 @@ class ExpertRunner(Protocol):
         """After `prepare`: small tensors besides the weights whose contents must outlive a release of the weights' memory. Layers
         that share one give the same object."""
 
-    def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Weighted sum of the local experts' outputs.
 
         Args:
             hidden_states: bf16 [num_tokens, hidden_size]; num_tokens may be 0.
             topk_ids: int32 [num_tokens, top_k], global expert ids; -1 and ids outside the local range are skipped.
             topk_weights: float32 [num_tokens, top_k], the routed scaling factor already multiplied in.
+            out: bf16 [num_tokens, hidden_size], contiguous, to write to; None: a fresh tensor.
 
         Returns:
-            bf16 [num_tokens, hidden_size], a fresh tensor; rows without a local expert are exact zeros.
+            bf16 [num_tokens, hidden_size]; rows without a local expert are exact zeros, whatever they hold.
         """
 
     @property

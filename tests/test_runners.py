@@ -67,6 +67,8 @@ def run_in_shards(kernel: str, seed: int, device: str, ranks: int) -> tuple[torc
         given = layer.x.to(device), layer.topk_ids.to(device, torch.int32), layer.topk_weights.to(device)
         y = runner.run(*given)
         assert y.dtype is torch.bfloat16 and y.data_ptr() != given[0].data_ptr() and not y[5].any()
+        there = torch.full_like(y, float("nan"))
+        assert runner.run(*given, there).data_ptr() == there.data_ptr() and torch.equal(there, y)
         assert runner.run(*(t[:0] for t in given)).shape == (0, SIZES["hidden_size"])
         total += y.double().cpu()
     experts = Mxfp4Experts(*layer.weights)

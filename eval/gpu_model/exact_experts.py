@@ -31,7 +31,14 @@ def register() -> None:
     ReferenceRunner.run = run  # type: ignore[method-assign]  # a plug-in of SGLang's, which patches in its processes
 
 
-def run(self: ReferenceRunner, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+def run(
+    self: ReferenceRunner,
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`ReferenceRunner.run` in FP64 throughout; only the result is rounded, to bf16 [num_tokens, H]."""
     limit, first = self._shard.swiglu_limit, self._shard.first_expert
-    return exact(hidden_states, topk_ids, topk_weights, self._experts, swiglu_limit=limit, first_expert=first).to(torch.bfloat16)
+    y = exact(hidden_states, topk_ids, topk_weights, self._experts, swiglu_limit=limit, first_expert=first).to(torch.bfloat16)
+    return y if out is None else out.copy_(y)

@@ -55,7 +55,13 @@ class Mxfp4MegaRunner:
             raise Refusal(f"{self.name} was prepared for another group of ranks than it is called with: prepare the layer again.")
         return self.run(hidden_states, topk_ids, topk_weights)
 
-    def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `ExpertRunner.run`."""
         return self._kernel(
             hidden_states.contiguous(),
@@ -63,6 +69,7 @@ class Mxfp4MegaRunner:
             topk_weights.contiguous(),
             self._packed,
             swiglu_limit=self._swiglu_limit,
+            out=out,
             layer=self._layer,
         )
 

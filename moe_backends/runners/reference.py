@@ -40,9 +40,15 @@ class ReferenceRunner:
             )
         self._experts, self._shard = experts, shard
 
-    def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `ExpertRunner.run`."""
-        return moe_layer(
+        y = moe_layer(
             hidden_states,
             topk_ids,
             topk_weights,
@@ -52,6 +58,7 @@ class ReferenceRunner:
             fp4=self._shard.fp4_dispatch,
             fp8_combine=self._shard.fp8_combine,
         )
+        return y if out is None else out.copy_(y)
 
     def run_across_ranks(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, group: dist.ProcessGroup

@@ -38,9 +38,15 @@ class W4A16Runner:
         self._kernel.tune(experts)
         self.kept_tensors = self._kernel.kept_tensors
 
-    def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `ExpertRunner.run`."""
-        return self._kernel(hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), self._experts)
+        return self._kernel(hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), self._experts, out=out)
 
 
 def create() -> W4A16Runner:
