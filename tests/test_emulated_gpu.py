@@ -25,10 +25,11 @@ from emulated_layer import (
 )
 from layer_compare import assert_layers_agree, relative_l2
 from mega_moe_ranks import OPTIONS, SCENARIOS, tokens_of
-from mega_moe_rig import FACTOR, PAIRS, RANDOM_EXPERTS, read_dispatched, read_hidden, read_slots
+from mega_moe_rig import FACTOR, PAIRS, RANDOM_EXPERTS, Batch, read_dispatched, read_hidden, read_slots
 
 from hopper_moe.kernels import reference
-from hopper_moe.kernels.benchmarks.workload import ModelShape, random_checkpoint, widen_rows
+from hopper_moe.kernels.benchmarks.workload import ModelShape, random_checkpoint, random_tokens, widen_rows
+from hopper_moe.kernels.expert_blocks import block_routing
 from hopper_moe.kernels.failure import PeerTimeout
 from hopper_moe.kernels.reference_stages import HiddenStage, combine_slots, expert_hidden
 from hopper_moe.kernels.reference_weights import Mxfp4Experts
@@ -63,6 +64,15 @@ CASES += [
 # threads take their time.
 NUM_SCENARIOS = {2: 5, 4: 2, 8: 1}
 CAPACITY_OF_EIGHT = 160  # still two blocks of 128 rows an expert
+BLOCK_ROWS = 36  # of each of seven experts
+BLOCKS = {
+    "no row": [0, 0, 0, 0, 0, 0, 0],
+    "one row": [0, 0, 0, 1, 0, 0, 0],
+    "ragged": [36, 0, 1, 7, 35, 0, 8],
+    "one expert": [0, 0, 0, 0, 0, 0, 36],
+    "full": [36, 36, 36, 36, 36, 36, 36],
+}
+BLOCK_CASES = [(name, "bf16") for name in BLOCKS] + [("full", "fp8_weights"), ("ragged", "wide_weights")]
 MANY_EXPERTS = [(384 + 64, 384, 2), (384 + 64, 384, 8), (1024, 256, 4), (1024, 256, 8), (400, 100, 1)]
 SPREADS = [(num_ranks, option) for num_ranks in (2, 4) for option in OPTIONS] + [(8, name) for name in ("bf16", "waves", "pairs")]
 
@@ -116,6 +126,28 @@ def test_layer(gpus, generator, seed, name, num_tokens, routing, option):
         (h,) = expert_hidden([tokens], [experts], num_experts=shape.num_experts, swiglu_limit=shape.swiglu_limit)
         assert_hidden_agrees(read_hidden(rank, batch.topk_ids), h)
         assert torch.equal(y, combine_slots(read_slots(rank, batch.topk_ids), batch.topk_ids))
+
+
+@pytest.mark.cases_per_seed(1)
+@pytest.mark.parametrize("name, option", BLOCK_CASES)
+def test_blocks_of_rows(gpus, generator, seed, name, option):
+    """As DeepEP's low-latency mode brings them: what a block holds behind its rows is NaN, and shows nowhere."""
+    shape, options = SHAPES["odd"], dict(OPTIONS[option])
+    experts, counts = random_experts(shape, options, generator), torch.tensor(BLOCKS[name], dtype=torch.int32)
+    layer = EmulatedLayer(gpus(type(experts)), shape, experts, 7 * BLOCK_ROWS, **options)
+    ids, weights = block_routing(counts, BLOCK_ROWS, shape.top_k)
+    is_row = ids[:, 0] >= 0
+    assert is_row.sum() == counts.sum() and torch.equal(torch.bincount(ids[is_row, 0], minlength=7), counts)
+    x = torch.where(is_row[:, None], random_tokens(shape, len(ids), generator, "cpu"), float("nan"))
+    (y,) = layer.run([Batch(x, ids, weights)], seed)
+    assert not bits_of(y[~is_row]).any(), "a row of nobody is not zero"
+    given = Batch(x[is_row], ids[is_row], weights[is_row])
+    want = reference.moe_layer(
+        given.x, given.topk_ids, given.topk_weights, experts, swiglu_limit=shape.swiglu_limit, routed_scaling_factor=FACTOR
+    )
+    assert_layers_agree(y[is_row], want, MAX_RELATIVE_L2, 1 - MAX_RELATIVE_L2**2)
+    (alone,) = layer.run([given], seed)
+    assert torch.equal(bits_of(y[is_row]), bits_of(alone)), "the bits depend on what else lies in the blocks"
 
 
 @pytest.mark.one_seed_in(4)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from emulated_layer import SPREAD, EmulatedLayer, compiled_on_first_use, draw_batch
 from mega_moe_ranks import OPTIONS
-from mega_moe_rig import RANDOM_EXPERTS
+from mega_moe_rig import RANDOM_EXPERTS, Batch
 
+from hopper_moe.kernels.benchmarks.workload import random_tokens
+from hopper_moe.kernels.expert_blocks import block_routing
 from hopper_moe.quantization.packing import PackedExperts
 
 CASES = [("bf16", 1, 1), ("bf16", 1, 300), ("waves", 2, 150), ("pairs", 2, 150)]
@@ -36,6 +38,18 @@ def test_one_call(gpus, seed, option, num_ranks, num_tokens):
     layer.look_for_races()
     batches = [draw_batch(SPREAD, num_tokens, draw.choice(("uniform", "zipf")), generator, num_ranks) for _ in range(num_ranks)]
     assert not any(y.isnan().any() for y in layer.run(batches, seed))
+
+
+@pytest.mark.one_seed_in(4)
+def test_blocks_of_rows(gpus, seed):
+    """Rows in a block per expert, and NaN behind them (`test_emulated_gpu.test_blocks_of_rows`)."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    layer = EmulatedLayer(gpus(), SPREAD, RANDOM_EXPERTS[PackedExperts](SPREAD, 16, generator, "cpu"), 16 * 9)
+    layer.look_for_races()
+    ids, weights = block_routing(torch.tensor([draw.randint(0, 9) for _ in range(16)], dtype=torch.int32), 9, SPREAD.top_k)
+    x = random_tokens(SPREAD, len(ids), generator, "cpu").where(ids[:, :1] >= 0, float("nan"))
+    (y,) = layer.run([Batch(x, ids, weights)], seed)
+    assert not y.isnan().any()
 
 
 @pytest.mark.one_seed_in(4)
