@@ -8,8 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 from layer_data import Layer, make_layer
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hopper_moe.kernels import reference
+from hopper_moe.kernels.expert_blocks import block_routing
 from hopper_moe.kernels.reference_weights import Mxfp4Experts
 from hopper_moe.kernels.shard import ExpertShard
 from hopper_moe.moe_backends.registry import create_runner
@@ -112,3 +114,10 @@ def test_another_group_than_prepared_for_is_refused_by_the_kernels_name(kernel, 
     monkeypatch.setattr(runner, "_group", None, raising=False)  # as `prepare` without a group leaves it, which takes a GPU
     with pytest.raises(Refusal, match=f"^{kernel} was prepared for another group"):
         runner.run_across_ranks(torch.empty(0), torch.empty(0), torch.empty(0), group=object())
+
+
+def test_blocks_of_rows_are_routed_without_a_look_at_their_counts():
+    """A CUDA graph captures it: fake tensors have no values to look at."""
+    with FakeTensorMode():
+        ids, weights = block_routing(torch.empty(4, dtype=torch.int32), 9, 3)
+    assert (ids.dtype, tuple(ids.shape)) == (torch.int32, (36, 3)) and weights.shape == ids.shape
