@@ -22,6 +22,7 @@ from hopper_moe.moe_backends.sglang.config_reader import reader_refusal
 from hopper_moe.moe_backends.sglang.group_rules import exchange_reason
 from hopper_moe.moe_backends.sglang.plan import FUSED_EXCHANGE, ServingPlan
 from hopper_moe.moe_backends.sglang.stages import stage_layers
+from hopper_moe.moe_backends.sglang.startup import block_memory
 from hopper_moe.moe_backends.sglang.verdict import Verdict, judge
 from hopper_moe.quantization.checkpoint_location import ModelSource
 from hopper_moe.quantization.errors import Refusal
@@ -136,7 +137,8 @@ def workspace_line(verdict: Verdict, settings: Settings) -> str | None:
     num_ranks = _exchanging_ranks(shard, plan)
     num_bytes = workspace_bytes(shard, spec.library, num_ranks=num_ranks)
     name = f"exchange buffer over {num_ranks} ranks" if num_ranks > 1 else "workspace"
-    return f"memory   {num_bytes / GIB:.2f} GiB of {name} per rank, for {plan.capacity} tokens a call; kernel compiled"
+    blocks = block_memory(shard, plan)
+    return f"memory   {num_bytes / GIB:.2f} GiB of {name} per rank, for {plan.capacity} tokens a call{blocks}; kernel compiled"
 
 
 def _exchanging_ranks(shard: ExpertShard, plan: ServingPlan) -> int:

@@ -83,5 +83,17 @@ class LayerBackend(Protocol):
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Partial sums of this rank's experts: bf16 [M, H] from bf16 [M, H], int32 [M, K] and float32 [M, K]."""
 
+    def run_blocks(self, blocks: torch.Tensor, counts: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """One expert's output for every row that lies in its block, without weights and sums. Never waits for the device.
+
+        Args:
+            blocks: bf16 [E, M, H], contiguous; rows from `counts` on may hold anything, NaN too.
+            counts: int32 [E] on the device, valid rows of each of this rank's experts.
+            num_tokens: that this rank brought to the call, for the metrics.
+
+        Returns:
+            bf16 [E, M, H]; rows from `counts` on are zeros.
+        """
+
     def run_across_ranks(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Complete sums for this rank's rows. Every rank of the group calls it, also with 0 tokens."""

@@ -128,12 +128,15 @@ class HopperMoEMethod(FusedMoEMethodBase):
 
     def apply(self, layer: FusedMoE, dispatch_output: Any) -> Any:
         """Standard dispatcher: partial sums of this rank's experts for every row; SGLang adds the ranks up. DeepEP's normal
-        mode: the same for the rows that chose an expert of this rank, and DeepEP adds up."""
+        mode: the same for the rows that chose an expert of this rank, and DeepEP adds up. Its low-latency mode: each expert's
+        own outputs, which DeepEP weights too."""
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
         self._refresh.require_whole()
         if dispatch_output.format.is_deepep_normal():
             return self._run_received(layer, dispatch_output)
+        if dispatch_output.format.is_deepep_ll():
+            return self._run_blocks(layer, dispatch_output)
         hidden_states = dispatch_output.hidden_states
         if get_moe_a2a_backend().is_megamoe():
             raise Refusal(
@@ -157,15 +160,33 @@ class HopperMoEMethod(FusedMoEMethodBase):
         """
         from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalCombineInput
 
-        rows = received.hidden_states
+        rows = self._unrounded(received)
+        weights = _weights(received.topk_weights, self._scale(layer))
+        output = self._backend.run(rows, received.topk_ids.to(torch.int32), weights)
+        return DeepEPNormalCombineInput(output, received.topk_ids, received.topk_weights)
+
+    def _run_blocks(self, layer: FusedMoE, received: Any) -> Any:
+        """Rows bf16 [E, M, H] in a block for each of this rank's experts, the first `masked_m` int32 [E] of them valid. Ids and
+        weights [n, K] are those of the rows that this rank sent, for the way back.
+
+        Returns a DeepEPLLCombineInput of bf16 [E, M, H]: a row's output of its block's expert alone, which DeepEP multiplies by
+        the weight where the row came from.
+        """
+        from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLCombineInput
+
+        blocks = self._unrounded(received)
+        output = self._backend.run_blocks(blocks, received.masked_m, received.topk_ids.shape[0])
+        return DeepEPLLCombineInput(output, received.topk_ids, _weights(received.topk_weights, self._scale(layer)))
+
+    def _unrounded(self, received: Any) -> torch.Tensor:
+        """The rows that DeepEP brought. Raises `Refusal` where it rounded them."""
+        rows: torch.Tensor = received.hidden_states
         if received.hidden_states_scale is not None or rows.dtype is not torch.bfloat16:
             raise Refusal(
                 f"{self._prefix}: DeepEP brought {rows.dtype} rows, but the kernel takes BF16: drop "
                 "--deepep-dispatcher-output-dtype."
             )
-        weights = _weights(received.topk_weights, self._scale(layer))
-        output = self._backend.run(rows, received.topk_ids.to(torch.int32), weights)
-        return DeepEPNormalCombineInput(output, received.topk_ids, received.topk_weights)
+        return rows
 
     def _scale(self, layer: FusedMoE) -> float | None:
         """What SGLang's top-k has not multiplied in yet."""

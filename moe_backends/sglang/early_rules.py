@@ -61,8 +61,8 @@ def early_refusals(
 def declarations(view: LaunchView, spec: KernelSpec, settings: Settings) -> dict[str, Any]:
     """Arguments that this backend sets once nothing is refused."""
     declared: dict[str, Any] = {"moe_a2a_backend": view.exchange(spec), "disable_shared_experts_fusion": True}
-    if view.exchange(spec) == DEEPEP_EXCHANGE:  # rows as the kernels take them: each once, unrounded
-        declared |= {"deepep_mode": "normal", "deepep_dispatcher_output_dtype": "bf16"}
+    if view.exchange(spec) == DEEPEP_EXCHANGE:  # rows as the kernels take them: unrounded
+        declared |= {"deepep_mode": view.deepep_mode, "deepep_dispatcher_output_dtype": "bf16"}
     if uncapturable(spec, settings):
         declared["disable_cuda_graph"] = True
     return declared

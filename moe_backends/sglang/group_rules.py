@@ -20,10 +20,16 @@ DEEPEP_HOST_RANKS = 8
 JIT_DEEPGEMM = "SGLANG_ENABLE_JIT_DEEPGEMM"
 _DEEPEP_PACKAGES = {"deep_ep": "sgl-deep-ep", "deep_gemm": "sgl-deep-gemm"}
 
+_MODES = {
+    "normal": "normal mode, so decoding runs without CUDA graphs",
+    "low_latency": "low-latency mode, also for prefill",
+    "auto": "normal mode for prefill, low-latency mode for decoding",
+}
+
 _OTHER_EXCHANGES = {
-    "nixl": "brings a block of rows per expert, which no kernel here reads",
+    "nixl": "brings a block of rows per expert, which was never run here",
     "mooncake": "brings FP8 rows with a scale per 128 values, which no kernel here reads",
-    "pplx": "brings a block of rows per expert, which no kernel here reads",
+    "pplx": "brings a block of rows per expert, which was never run here",
     "deepep_v2": "is joined to SGLang's own deep_gemm runner",
     "flashinfer": "is joined to FlashInfer's runners",
     "flashinfer_megamoe": "is a kernel for SM100 GPUs",
@@ -105,7 +111,7 @@ def exchange_reason(view: LaunchView, spec: KernelSpec) -> str:
     if exchange == DEEPEP_EXCHANGE:
         why = f"the {view.args.tp_size} ranks of a stage span {view.nodes_per_stage} hosts, which the kernel's own does not leave"
         why = "asked for" if asked == exchange else why
-        return f"{exchange}: {why}; normal mode, so decoding runs without CUDA graphs"
+        return f"{exchange}: {why}; {_MODES[view.deepep_mode]}"
     return f"{exchange}: every rank sees all tokens of its stage, and SGLang's collectives add the results up"
 
 
@@ -142,11 +148,15 @@ def _deepep_group(view: LaunchView) -> Iterator[str]:
 
 def _deepep_options(view: LaunchView) -> Iterator[str]:
     args = view.args
-    is_chosen_here = args.moe_a2a_backend == NO_EXCHANGE  # then the mode is declared with it
-    if args.deepep_mode != "normal" and not (args.deepep_mode == "auto" and is_chosen_here):
+    if view.deepep_mode == "auto" and (recording := _recording(view)):
         yield (
-            f"--deepep-mode {args.deepep_mode} brings decoded tokens as a block of rows per expert, which no kernel here reads: "
-            "use --deepep-mode normal (without CUDA graphs in decoding), or --pp-size, which keeps them."
+            f"{recording} counts tokens per expert in one mode of DeepEP only, and --deepep-mode auto has two: use --deepep-mode "
+            "normal or low_latency."
+        )
+    if view.deepep_mode != "normal" and view.option("speculative_adaptive"):
+        yield (
+            f"--speculative-adaptive lengthens drafts while it serves, and --deepep-mode {view.deepep_mode} has room for a fixed "
+            "number of tokens: drop it, or use --deepep-mode normal."
         )
     if args.deepep_dispatcher_output_dtype not in ("auto", "bf16"):
         yield (
@@ -158,6 +168,13 @@ def _deepep_options(view: LaunchView) -> Iterator[str]:
             "--enable-two-batch-overlap would run DeepEP beside a kernel that takes every SM of the GPU: drop it, or "
             "--moe-a2a-backend."
         )
+
+
+def _recording(view: LaunchView) -> str | None:
+    """The argument after which SGLang records how many tokens experts get; its recorder has no form for two modes."""
+    if mode := view.option("expert_distribution_recorder_mode"):
+        return None if mode == "per_token" else f"--expert-distribution-recorder-mode {mode}"
+    return "--enable-eplb" if view.option("enable_eplb") else None
 
 
 def _deepep_packages(environ: Mapping[str, str]) -> Iterator[str]:

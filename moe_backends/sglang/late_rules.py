@@ -13,6 +13,7 @@ from hopper_moe.moe_backends.registry import layer_refusals
 from hopper_moe.moe_backends.sglang.early_rules import uncapturable
 from hopper_moe.moe_backends.sglang.hyper_connections import hyper_connection_refusals
 from hopper_moe.moe_backends.sglang.launch_view import LaunchView
+from hopper_moe.moe_backends.sglang.low_latency_rules import block_tokens, low_latency_refusals
 from hopper_moe.moe_backends.sglang.plan import BACKEND, DEEPEP_EXCHANGE, DEFAULT_CAPACITY, FUSED_EXCHANGE, ServingPlan
 from hopper_moe.moe_backends.sglang.stages import stage_refusals
 from hopper_moe.quantization.model_facts import SERVED_ARCHITECTURES, ModelFacts, block_size_refusal
@@ -65,14 +66,22 @@ def late_refusals(
         )
     if exchange == FUSED_EXCHANGE:
         yield from _capacity_refusals(view, spec, settings)
+    if exchange == DEEPEP_EXCHANGE and view.deepep_mode != "normal":
+        yield from low_latency_refusals(view, model.hidden_size, environ)
     yield from hyper_connection_refusals(model, environ)
 
 
-def serving_plan(view: LaunchView, spec: KernelSpec, settings: Settings) -> ServingPlan:
+def serving_plan(view: LaunchView, spec: KernelSpec, settings: Settings, environ: Mapping[str, str] = os.environ) -> ServingPlan:
     """The plan of a launch that nothing refuses. Before resolution the capacity is a lower bound."""
     exchange = view.exchange(spec)
     needed = view.required_tokens if exchange == FUSED_EXCHANGE else 0  # otherwise larger batches are run in pieces
-    return ServingPlan(spec.name, exchange, settings.max_tokens_per_rank or needed or DEFAULT_CAPACITY)
+    has_blocks = exchange == DEEPEP_EXCHANGE and view.deepep_mode != "normal"
+    return ServingPlan(
+        spec.name,
+        exchange,
+        settings.max_tokens_per_rank or needed or DEFAULT_CAPACITY,
+        block_rows=(block_tokens(environ) or 0) * view.args.tp_size if has_blocks else 0,
+    )
 
 
 def _moe_tp(view: LaunchView, spec: KernelSpec) -> int:

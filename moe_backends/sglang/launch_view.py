@@ -64,6 +64,13 @@ class LaunchView:
         return self.args.tp_size if self.exchange(spec) in (FUSED_EXCHANGE, DEEPEP_EXCHANGE) else self.args.ep_size
 
     @property
+    def deepep_mode(self) -> str:
+        """The value of `--deepep-mode` where DeepEP moves the tokens: "normal", "low_latency", or "auto", which prefills in the
+        one and decodes in the other. Where DeepEP itself was not asked for, "auto" is nobody's wish, and the mode is normal."""
+        asked = self.args.deepep_mode
+        return "normal" if self.args.moe_a2a_backend == NO_EXCHANGE and asked == "auto" else asked
+
+    @property
     def ranks_per_node(self) -> int:
         return max(self.args.tp_size * self.args.pp_size // max(self.args.nnodes, 1), 1)
 
@@ -113,22 +120,30 @@ class LaunchView:
         SGLang's own check divides the chunk by the attention-DP size a second time and accepts budgets that are too small. Rows
         are padded to the attention-TP size.
         """
-        args = self.args
-        align = max(args.tp_size // self.attn_dp_size // (getattr(args, "attn_cp_size", None) or 1), 1)
-        tokens = max(0 if args.disaggregation_mode == "decode" else self._largest_chunk, self._decode_tokens)
+        args, align = self.args, self.attn_tp_size
+        tokens = max(0 if args.disaggregation_mode == "decode" else self.largest_chunk, self._decode_tokens)
         return -(-tokens // align) * align
+
+    @property
+    def attn_tp_size(self) -> int:
+        """Ranks that share the tokens of one attention data-parallel rank."""
+        return max(self.args.tp_size // self.attn_dp_size // (getattr(self.args, "attn_cp_size", None) or 1), 1)
+
+    @property
+    def tokens_per_request(self) -> int:
+        """Of one decode step; with speculation as far as it is known."""
+        return (self.args.speculative_num_draft_tokens or 1) if self.args.speculative_algorithm else 1
 
     @property
     def _decode_tokens(self) -> int:
         args = self.args
-        tokens_per_request = (args.speculative_num_draft_tokens or 1) if args.speculative_algorithm else 1
         requests = (args.cuda_graph_config.decode.max_bs or 0) if args.cuda_graph_config else 0
         if args.max_running_requests:
             requests = max(requests, -(-args.max_running_requests // self.attn_dp_size))
-        return requests * tokens_per_request
+        return requests * self.tokens_per_request
 
     @property
-    def _largest_chunk(self) -> int:
+    def largest_chunk(self) -> int:
         """With pipeline stages --enable-dynamic-chunking sizes a chunk anew at every step, up to --max-prefill-tokens, after it
         has timed chunks of 1.25 times --chunked-prefill-size."""
         chunk = self.chunked_prefill_size or 0

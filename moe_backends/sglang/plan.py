@@ -13,7 +13,7 @@ DEFAULT_CAPACITY = 8192
 """Tokens per kernel call where a call may be split (exchange "none"): bounds the kernel's buffers, not the batch."""
 
 NO_EXCHANGE, FUSED_EXCHANGE, DEEPEP_EXCHANGE = "none", "megamoe", "deepep"
-"""Values of `--moe-a2a-backend`: rows are moved by SGLang's collectives, by the kernel, or by DeepEP in its normal mode."""
+"""Values of `--moe-a2a-backend`: rows are moved by SGLang's collectives, by the kernel, or by DeepEP."""
 
 _NOTE = "_HOPPER_MOE_PLAN"
 
@@ -25,6 +25,7 @@ class ServingPlan:
     kernel: str  # a name of the registry
     exchange: str  # NO_EXCHANGE, FUSED_EXCHANGE or DEEPEP_EXCHANGE
     capacity: int  # tokens per kernel call; with the fused exchange the limit of a rank, else the size of one piece
+    block_rows: int = 0  # of each expert of a rank in DeepEP's low-latency mode; 0: that mode is not used
 
     def publish(self, environ: MutableMapping[str, str]) -> None:
         environ[_NOTE] = json.dumps(asdict(self))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
+from hopper_moe.kernels.expert_blocks import block_routing
 from hopper_moe.kernels.reference_weights import Fp8BlockExperts, Mxfp4Experts
 from hopper_moe.kernels.shard import ExpertShard
 from hopper_moe.moe_backends import self_check
@@ -170,8 +171,22 @@ class RunnerBackend:
         limit = self.max_tokens_per_rank
         if hidden_states.shape[0] <= limit:
             return self._runner.run(hidden_states, topk_ids, topk_weights)
-        pieces = zip(hidden_states.split(limit), topk_ids.split(limit), topk_weights.split(limit), strict=True)
-        return torch.cat([self._runner.run(*piece) for piece in pieces])
+        return self._run_in_pieces(hidden_states, topk_ids, topk_weights, limit)
+
+    def run_blocks(self, blocks: torch.Tensor, counts: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        self._note_call(num_tokens)
+        rows, limit = blocks.shape[1], self.max_tokens_per_rank
+        ids, weights = block_routing(counts, rows, self._shard.top_k)
+        # A piece holds whole experts where it can: one that ends inside a block has the next piece read its weights again.
+        return self._run_in_pieces(blocks.flatten(0, 1), ids, weights, limit // rows * rows or limit).view_as(blocks)
+
+    def _run_in_pieces(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        y = torch.empty_like(hidden_states)
+        for piece in zip(*(tensor.split(rows) for tensor in (hidden_states, topk_ids, topk_weights, y)), strict=True):
+            self._runner.run(*piece)
+        return y
 
     def run_across_ranks(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         self._note_call(hidden_states.shape[0])

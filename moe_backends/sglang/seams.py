@@ -67,6 +67,11 @@ WORKER: Table = {
         "hidden_states hidden_states_scale topk_ids topk_weights num_recv_tokens_per_expert"
     ),
     "sglang.srt.layers.moe.token_dispatcher.deepep.DeepEPNormalCombineInput": "hidden_states topk_ids topk_weights",
+    "sglang.srt.layers.moe.token_dispatcher.deepep.DeepEPLLDispatchOutput": (
+        "hidden_states hidden_states_scale topk_ids topk_weights masked_m expected_m"
+    ),
+    "sglang.srt.layers.moe.token_dispatcher.deepep.DeepEPLLCombineInput": "hidden_states topk_ids topk_weights",
+    "sglang.srt.layers.moe.token_dispatcher.base.DispatchOutputFormat.is_deepep_ll": "self",
     "sglang.srt.layers.moe.ep_moe.layer.DeepEPMoE.forward_impl": "self hidden_states topk_output",
     "sglang.srt.layers.moe.utils.get_deepep_output_dtype": "self",
     "sglang.srt.layers.moe.mega_moe.is_mega_moe_experts_ready": "experts",

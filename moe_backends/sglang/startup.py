@@ -57,10 +57,19 @@ def plan_lines(spec: KernelSpec, shard: ExpertShard, plan: ServingPlan, settings
         f"ranks    this one holds experts {shard.first_expert}..{last}; "
         f"{shard.num_ranks} expert-parallel ranks, exchange {plan.exchange}",
         f"memory   {layer_bytes / GIB:.2f} GiB of experts a layer, {buffer_bytes / GIB:.2f} GiB of workspace "
-        f"for {shard.max_tokens_per_rank} tokens a call",
+        f"for {shard.max_tokens_per_rank} tokens a call{block_memory(shard, plan)}",
         f"fallback none: larger calls are {larger}, layers that the format cannot hold exactly are {inexact}, "
         f"self-check {'on' if settings.self_check else 'OFF'}",
     ]
+
+
+def block_memory(shard: ExpertShard, plan: ServingPlan) -> str:
+    """What a call in DeepEP's low-latency mode takes besides, for the end of a line about memory; empty where it is not used."""
+    if not plan.block_rows:
+        return ""
+    rows = shard.num_local_experts * plan.block_rows
+    num_bytes = 2 * rows * shard.hidden_size * torch.bfloat16.itemsize  # what comes and what goes back
+    return f", {num_bytes / GIB:.2f} GiB for {rows} rows in low-latency mode beside DeepEP's own buffers"
 
 
 def _device_name(device: torch.device) -> str:

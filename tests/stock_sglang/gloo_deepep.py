@@ -1,10 +1,11 @@
-"""DeepEP's transport over gloo: what `deep_ep.Buffer` does to rows in its normal mode, for SGLang's own dispatcher on a CPU.
+"""DeepEP's transport over gloo: what `deep_ep.Buffer` does to rows in either mode, for SGLang's own dispatcher on a CPU.
 
 Transport only: SGLang's dispatcher and layer, and this package's side of them, are the real ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,8 +30,9 @@ class Buffer:
     num_sms = 20
 
     def __init__(self, group: Any, num_nvl_bytes: int, num_rdma_bytes: int, **options: Any) -> None:
-        assert not options["low_latency_mode"]
-        self.group, self.rank, self.low_latency_mode = group, dist.get_rank(group), False
+        self.group, self.rank, self.group_size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.low_latency_mode, self.is_clean = options["low_latency_mode"], True
+        assert self.low_latency_mode == (num_rdma_bytes > 0)
 
     @staticmethod
     def capture() -> Event:
@@ -42,13 +44,21 @@ class Buffer:
 
     get_combine_config = get_dispatch_config
 
+    @staticmethod
+    def get_low_latency_rdma_size_hint(num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+        return 4 * num_experts * num_max_tokens * hidden * torch.bfloat16.itemsize
+
+    def clean_low_latency_buffer(self, num_max_tokens: int, hidden: int, num_experts: int) -> None:
+        self.is_clean = True
+
     def get_dispatch_layout(self, topk_idx: torch.Tensor, num_experts: int, **options: Any) -> tuple:
-        self.num_local_experts = num_experts // dist.get_world_size(self.group)
+        self.num_local_experts = num_experts // self.group_size
         return None, None, None, None, Event()
 
     def dispatch(self, x: torch.Tensor, *, topk_idx: torch.Tensor, topk_weights: torch.Tensor, **options: Any) -> tuple:
         """Each row once to every rank that holds one of its experts; there ids count from 0, -1 is an expert elsewhere."""
         assert (x.dtype, topk_idx.dtype, topk_weights.dtype) == (torch.bfloat16, torch.int64, torch.float32)
+        self.is_clean = False
         rows, ids, weights, places = [], [], [], []
         for source, (its_x, its_ids, its_weights) in enumerate(self._from_all((x, topk_idx, topk_weights))):
             local = its_ids - self.rank * self.num_local_experts
@@ -74,8 +84,54 @@ class Buffer:
                     y[row] += result.float()
         return y.bfloat16(), None, Event()
 
+    def low_latency_dispatch(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, num_max_tokens: int, num_experts: int, use_fp8: bool, **options: Any
+    ) -> tuple:
+        """Each row to the block of every expert that it chose, in no particular order; the hook brings what was sent.
+
+        What no row was sent to is NaN.
+        """
+        assert (x.dtype, topk_idx.dtype) == (torch.bfloat16, torch.int64) and not use_fp8 and options["return_recv_hook"]
+        assert self.low_latency_mode and self.is_clean and len(x) <= num_max_tokens
+        num_local = num_experts // self.group_size
+        blocks = torch.full((num_local, num_max_tokens * self.group_size, x.shape[1]), float("nan"), dtype=x.dtype)
+        counts, handle = torch.full((num_local,), -(2**31), dtype=torch.int32), []
+
+        def receive() -> None:
+            found = self._from_all((x, topk_idx))
+            for expert in range(num_local):
+                chose = [(its_ids == self.rank * num_local + expert).any(1).nonzero().flatten() for _, its_ids in found]
+                places = [(source, row) for source, rows in enumerate(chose) for row in rows.tolist()][::-1]
+                for place, (source, row) in enumerate(places):
+                    blocks[expert, place] = found[source][0][row]
+                counts[expert] = len(places)
+                handle.append(places)
+
+        return blocks, counts, (handle, blocks.shape), Event(), receive
+
+    def low_latency_combine(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, handle: tuple, **options: Any
+    ) -> tuple[torch.Tensor, Event, Callable[[], None]]:
+        """Every row is the weighted sum of what its experts made of it, in the order of its slots."""
+        places, shape = handle
+        assert (x.dtype, x.shape) == (torch.bfloat16, shape) and x.is_contiguous() and topk_weights.dtype is torch.float32
+        y = torch.full((len(topk_idx), x.shape[2]), float("nan"), dtype=x.dtype)
+
+        def receive() -> None:
+            results = {}
+            for rank, (its_x, its_places) in enumerate(self._from_all((x, places))):
+                for local, block in enumerate(its_places):
+                    for place, (source, row) in enumerate(block):
+                        if source == self.rank:
+                            results[row, rank * len(its_places) + local] = its_x[local, place].float()
+            for row, (ids, weights) in enumerate(zip(topk_idx.tolist(), topk_weights, strict=True)):
+                slots = [weights[k] * results[row, expert] for k, expert in enumerate(ids) if expert >= 0]
+                y[row] = sum(slots, torch.zeros(x.shape[2])).bfloat16()
+
+        return y, Event(), receive
+
     def _from_all(self, mine: Any) -> list[Any]:
-        found: list[Any] = [None] * dist.get_world_size(self.group)
+        found: list[Any] = [None] * self.group_size
         dist.all_gather_object(found, mine, group=self.group)
         return found
 

@@ -22,6 +22,7 @@ from hopper_moe.moe_backends.kernel_specs import REGISTRY
 from hopper_moe.moe_backends.registry import Choice
 from hopper_moe.moe_backends.sglang import verdict
 from hopper_moe.moe_backends.sglang.hyper_connections import FUSE
+from hopper_moe.moe_backends.sglang.low_latency_rules import BUDGET
 from hopper_moe.moe_backends.sglang.plan import BACKEND
 from hopper_moe.moe_backends.sglang.verdict import judge
 from hopper_moe.quantization.errors import Refusal
@@ -34,7 +35,8 @@ MTP += ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
 NODES2 = ("--nnodes", "2", "--node-rank", "0", "--dist-init-addr", "10.0.0.1:5000")
 TP16 = ("--tp-size", "16", "--attn-dp-size", "16", *CHUNK)
 DEEPEP = ("--moe-a2a-backend", "deepep")
-NORMAL = (*DEEPEP, "--deepep-mode", "normal")
+NORMAL, LOW_LATENCY = ((*DEEPEP, "--deepep-mode", mode) for mode in ("normal", "low_latency"))
+REQUESTS = ("--max-running-requests",)
 EPLB = ("--enable-eplb", "--ep-num-redundant-experts", "16")
 WIDE = {"n_routed_experts": 64}
 MEGA, W4A16, AUTO = ({"HOPPER_MOE_KERNEL": name} for name in ("mxfp4_mega", "w4a16", "auto"))
@@ -132,10 +134,43 @@ LAUNCHES = [
     ((*TP16, *NODES2, "--ep-size", "16"), None, W4A16, {}),
     ((*TP16, *NORMAL), None, MEGA, {}),
     (("--tp-size", "48", "--attn-dp-size", "48", "--nnodes", "6", *NODES2[2:], *CHUNK), None, MEGA, {"n_routed_experts": 1152}),
-    ((*DP8, *DEEPEP), "--deepep-mode auto brings .*--deepep-mode normal .*--pp-size", MEGA, {}),
-    ((*DP8, *DEEPEP, *EPLB), "--deepep-mode auto brings .*--deepep-mode normal", MEGA, WIDE),
-    ((*DP8, *DEEPEP, "--deepep-mode", "low_latency"), "--deepep-mode low_latency brings .*--deepep-mode normal", MEGA, {}),
-    ((*TP16, *NODES2, "--deepep-mode", "low_latency"), "--deepep-mode low_latency brings", MEGA, {}),
+    # its low-latency mode
+    ((*DP8, *DEEPEP), None, MEGA, FLASH),
+    ((*DP8, *DEEPEP, "--deepep-mode", "auto"), None, W4A16, FLASH),
+    ((*DP8, *DEEPEP, *MTP), None, MEGA, FLASH),
+    ((*EP8, *DEEPEP, *REQUESTS, "1024"), None, MEGA, FLASH),
+    ((*TP16, *NODES2, *DEEPEP), None, MEGA, FLASH),
+    ((*TP16, *NODES2, *LOW_LATENCY), None, MEGA | {BUDGET: "256"}, FLASH),
+    ((*TP16, *NODES2, *LOW_LATENCY[2:], *CHUNK[:1], "2048"), None, MEGA, FLASH),
+    ((*DP8, *LOW_LATENCY), None, W4A16 | {BUDGET: "512"}, FLASH),
+    ((*DP8, *LOW_LATENCY, "--disaggregation-mode", "decode"), None, MEGA, FLASH),
+    ((*DP8, *DEEPEP, *REQUESTS, "4096", "--disaggregation-mode", "prefill"), None, MEGA, FLASH),
+    ((*DP8, *DEEPEP, *REQUESTS, "1280"), None, MEGA | {BUDGET: "160"}, FLASH),
+    ((*DP8, *LOW_LATENCY, *EPLB), None, MEGA | {BUDGET: "512"}, FLASH),
+    ((*DP8, *DEEPEP, "--expert-distribution-recorder-mode", "per_token"), None, MEGA, FLASH),
+    (
+        (*DP8, *DEEPEP, *REQUESTS, "1280"),
+        f"at most 128 tokens .*but 1280 running requests bring 160: set {BUDGET}=160 or lower --max-running-requests to 1024",
+        MEGA,
+        FLASH,
+    ),
+    ((*DP8, *DEEPEP, *MTP, *REQUESTS, "512"), "512 running requests of 4 draft tokens bring 256: .* to 256", MEGA, FLASH),
+    ((*DP8, *DEEPEP, *REQUESTS, "16384"), "16384 running requests bring 2048: lower --max-running", MEGA, FLASH),
+    ((*EP8, *DEEPEP, *REQUESTS, "1032"), "1032 running requests bring 129: .* to 1024", MEGA, FLASH),
+    ((*DP8, *LOW_LATENCY), f"prefill, but chunks bring 512: set {BUDGET}=512, lower --chunked.* or use .* auto", MEGA, FLASH),
+    ((*TP16, *NODES2, *LOW_LATENCY[2:]), f"chunks bring 256: set {BUDGET}=256, lower", MEGA, FLASH),
+    ((*DP8, *LOW_LATENCY, *CHUNK[:1], "16384"), "chunks bring 2048: lower --chunked-prefill-size or use", MEGA, FLASH),
+    ((*DP8, *LOW_LATENCY, *CHUNK[:1], "-1"), "also in prefill: give a positive --chunked-prefill-size", MEGA, FLASH),
+    *[
+        ((*DP8, *DEEPEP), f"{BUDGET}={number} is outside 1..1024", MEGA | {BUDGET: number}, FLASH)
+        for number in ("0", "1025", "x")
+    ],
+    ((*DP8, *DEEPEP, *MTP, "--speculative-adaptive"), "--speculative-adaptive lengthens drafts .* or use", MEGA, FLASH),
+    ((*DP8, *DEEPEP), "--deepep-mode auto cannot send rows of hidden_size 384", MEGA, {}),
+    ((*DP8, *DEEPEP, *EPLB), "--enable-eplb counts tokens .*--deepep-mode auto has two", MEGA, FLASH),
+    ((*DP8, *DEEPEP, "--expert-distribution-recorder-mode", "stat"), "recorder-mode stat counts tokens", MEGA, FLASH),
+    ((*DP8, *LOW_LATENCY, "--deepep-dispatcher-output-dtype", "nvfp4"), "-dtype nvfp4 would round tokens", MEGA, FLASH),
+    ((*DP8, *DEEPEP, "--enable-two-batch-overlap"), "--enable-two-batch-overlap would run DeepEP beside", MEGA, FLASH),
     ((*DP8, *NORMAL, "--deepep-dispatcher-output-dtype", "fp8"), "-dtype fp8 would round tokens .*drop it", MEGA, {}),
     ((*DP8, *NORMAL, "--enable-two-batch-overlap"), "--enable-two-batch-overlap would run DeepEP beside", MEGA, {}),
     ((*DP8, *NORMAL, "--enable-single-batch-overlap"), "--enable-single-batch-overlap cannot run", MEGA, {}),
@@ -254,5 +289,8 @@ def test_both_doors_say_the_same(tmp_path, argv, words, environ, changes):
     if words is None:
         assert late is None and plan["kernel"] == expected["kernel"] and plan["exchange"] == expected["exchange"]
         assert plan["exchange"] != "deepep" or plan["capacity"] == 8192, "DeepEP's rows are run in pieces"
+        asked = "normal" not in argv and not {"deepep", "low_latency"}.isdisjoint(argv)  # else DeepEP is in its normal mode
+        sent = int(environ.get(BUDGET, 128)) * int(argv[argv.index("--tp-size") + 1]) if asked else 0
+        assert plan["block_rows"] == expected["block_rows"] == sent
     else:
         assert late is not None and re.search(words, late), late
