@@ -17,8 +17,9 @@ $here.serve "$model" --kernel reference --port 30900 --log "$out/server-referenc
     --run "$here.compare ask \$SERVER_URL $out/reference.json" -- $common || echo "the reference server failed"
 
 cat > "$out/then.sh" <<'THEN'
-for pair in hopper_moe=$URL_HOPPER_MOE marlin=$URL_MARLIN flashinfer_mxfp4=$URL_FLASHINFER_MXFP4; do
-    name=${pair%%=*} url=${pair#*=}
+for name in hopper_moe marlin flashinfer_mxfp4 flashinfer_mxfp4_fp8; do
+    eval "url=\${URL_$(echo "$name" | tr a-z A-Z):-}"
+    test -n "$url" || continue
     for c in 64 1; do $HERE.breakdown "$url" --concurrency $c --out "$OUT/step_${c}_$name.json" || true; done
     $HERE.compare ask "$url" "$OUT/ask-$name.json" || true
 done
@@ -26,10 +27,11 @@ for pair in "ask-hopper_moe reference" "ask-marlin ask-flashinfer_mxfp4" "ask-ma
     set -- $pair
     echo "# $1 $2"; $HERE.compare diff "$OUT/$1.json" "$OUT/$2.json" || true
 done > "$OUT/answers.txt"
+$HERE.batches "$URL_HOPPER_MOE" --out "$OUT/batches.json" || true
 $HERE.soak "$URL_HOPPER_MOE" --minutes "${MINUTES:-1}" --log "$OUT/server-hopper_moe.log" --out "$OUT/soak.json" || true
 curl -s "$URL_HOPPER_MOE/metrics" | grep '^hopper_moe:' > "$OUT/metrics.txt" || true
 THEN
 # FlashInfer tunes itself at its start, so each server starts when the one before it answers.
-HERE=$here $here.bench "$model" --backends flashinfer_mxfp4,hopper_moe,marlin --concurrency 64,128,32,8,1 --output-len 256 \
-    --seconds "${SECONDS_OF_LOAD:-200}" --out "$out" --then "sh $out/then.sh" -- $common --cuda-graph-max-bs-decode 128
+HERE=$here $here.bench "$model" --backends flashinfer_mxfp4,flashinfer_mxfp4_fp8,marlin,hopper_moe --concurrency 64,1,8,32,128 \
+    --also 8192:64,1 --batches 1 --seconds "${SECONDS_OF_LOAD:-720}" --out "$out" --then "sh $out/then.sh" -- $common --cuda-graph-max-bs-decode 128
 $here.report "$out"
