@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -227,6 +229,14 @@ def test_without_checkpoint_engine_the_step_says_what_to_install(tmp_path, same,
     monkeypatch.setattr(trainer_ipc.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(Refusal, match="pip install checkpoint-engine"):
         trainer_ipc.send("http://127.0.0.1:1", same, 1)
+
+
+def test_a_parameter_server_that_nobody_answers_ends(tmp_path):
+    """checkpoint-engine itself would wait for ever."""
+    out, url = tmp_path / "answer.json", f"http://127.0.0.1:{free_port()}"
+    asks = f"from pathlib import Path; from {trainer_ipc.__name__} import _ask; _ask({url!r}, {{}}, 0, Path({str(out)!r}))"
+    assert subprocess.run([sys.executable, "-c", asks], check=False, timeout=120).returncode == 1
+    assert json.loads(out.read_text())["message"].startswith(f"{url}/update_weights_from_ipc does not answer")
 
 
 def test_experts_of_a_whole_model(tmp_path, same, other):

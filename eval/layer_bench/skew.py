@@ -111,12 +111,12 @@ def measure_rank(
     return found
 
 
-def ideal(shape_name: str, num_local: int, num_rows: float, capacity_tokens: int) -> float:
+def ideal(shape_name: str, num_local: int, num_rows: float) -> float:
     """us of one GPU with `num_rows` rows over `num_local` experts, uniform."""
     shape = SHAPES[shape_name]
     num_tokens = max(1, round(num_rows / shape.top_k))
     generator = torch.Generator("cuda").manual_seed(7)
-    layer = make_layer(shape, num_local, max(num_tokens, capacity_tokens))
+    layer = make_layer(shape, num_local, num_tokens)
     weights = copies_of(random_experts(shape, num_local, generator), WEIGHT_COPIES)
     inputs = [
         (random_tokens(shape, num_tokens, generator), *random_routing(num_tokens, num_local, shape.top_k, "uniform", generator))
@@ -175,7 +175,7 @@ def main(
     found = []
     for result in results(planned, run_on_ranks(ranks, measure_rank, shape_name, shape.num_experts, planned)):
         places = (shape.num_experts + (result.redundant or 0)) // ranks
-        found.append(Result(**{**asdict(result), "ideal_us": ideal(shape_name, places, max(result.rows), 1)}))
+        found.append(Result(**{**asdict(result), "ideal_us": ideal(shape_name, places, max(result.rows))}))
     click.echo(table(found))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -84,10 +84,14 @@ def main(url: str, folder: Path, out: Path, leave_out: str) -> None:
 
 
 def _ask(url: str, body: dict[str, Any], rank: int, out: Path) -> None:
-    """In a thread of the parameter server's. A refused call ends this process, since the other thread waits for the server."""
+    """In a thread of the parameter server. A call that is refused, or that no server answers, ends this process: the other thread
+    waits for the server."""
     if rank:
         return
-    answer = call(url, "update_weights_from_ipc", body)
+    try:
+        answer = call(url, "update_weights_from_ipc", body)
+    except Refusal as refusal:
+        answer = Answer(False, str(refusal))
     out.write_text(json.dumps(answer._asdict()))
     if not answer.success:
         os._exit(1)
