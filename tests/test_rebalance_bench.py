@@ -99,7 +99,7 @@ def test_the_script_runs_every_part_and_says_whether_one_failed(tmp_path, gpus, 
     script = Path(rebalance.__file__).with_name("moving.sh")
     environ = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "CALLS": str(calls), "FAILS": fails}
     ran = subprocess.run(["sh", str(script), "config", str(gpus), str(tmp_path / "out")], env=environ, timeout=60)
-    made = [json.loads(line) for line in calls.read_text().splitlines()]
+    made = [call for call in map(json.loads, calls.read_text().splitlines()) if call[0] == "-m"]
     servers = [call for call in made if call[1].endswith(".serve")]
     assert ran.returncode == status and [call[1].rpartition(".")[2] for call in made[:2]] == ["random_checkpoint"] * 2
     wanted = ["refresh record", "refresh measure", *["rebalance"] * (gpus > 1)]
@@ -107,6 +107,7 @@ def test_the_script_runs_every_part_and_says_whether_one_failed(tmp_path, gpus, 
     for call in servers:
         _, _, module, *given = shlex.split(call[call.index("--run") + 1].replace("$SERVER_URL", "url"))
         assert ("--ep" in call[call.index("--") + 1 :]) == (gpus > 1)
+        assert any(argument.endswith(",ipc") for argument in given) == (gpus == 1 and "measure" in given)
         accepted(module, given, tmp_path)
 
 

@@ -120,7 +120,7 @@ def test_resolution(model, argv, fields, exchange, capacity):
     assert {name: getattr(view, name) for name in fields} == fields
     assert view.moe_runner_backend == view.speculative_moe_runner_backend == BACKEND
     assert view.cuda_graph_config.decode.backend == "disabled", "the reference cannot be captured"
-    assert plan() == {"kernel": "reference", "exchange": exchange, "capacity": capacity}
+    assert plan() == {"kernel": "reference", "exchange": exchange, "capacity": capacity, "block_rows": 0}
     args.check_server_args()
 
 
