@@ -32,11 +32,7 @@ class ExpertRunner(Protocol):
         that share one give the same object."""
 
     def run(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Weighted sum of the local experts' outputs.
 

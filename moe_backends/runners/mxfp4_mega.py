@@ -56,11 +56,7 @@ class Mxfp4MegaRunner:
         return self.run(hidden_states, topk_ids, topk_weights)
 
     def run(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `ExpertRunner.run`."""
         return self._kernel(

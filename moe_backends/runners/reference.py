@@ -41,11 +41,7 @@ class ReferenceRunner:
         self._experts, self._shard = experts, shard
 
     def run(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `ExpertRunner.run`."""
         y = moe_layer(

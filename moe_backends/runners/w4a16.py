@@ -39,11 +39,7 @@ class W4A16Runner:
         self.kept_tensors = self._kernel.kept_tensors
 
     def run(
-        self,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        out: torch.Tensor | None = None,
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `ExpertRunner.run`."""
         return self._kernel(hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), self._experts, out=out)

@@ -64,6 +64,15 @@ def on_ranks(checkpoint: stock.Checkpoint, rows: list[torch.Tensor]):
     return work
 
 
+def checked_block(checkpoint: stock.Checkpoint, x: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights of the rows, whose block (experts and shared expert) is `whole` as far as rounding goes."""
+    ids, weights = stock.route(checkpoint, x)
+    assert (ids == HOT).any(1).all()
+    wanted = stock.expected(checkpoint, x, ids, weights) + stock.expected_shared(checkpoint, x)
+    assert stock.relative_error(whole, wanted) < ROUNDING
+    return ids, weights
+
+
 def test_four_ranks_agree_with_float64_and_with_one_rank_after_the_other(model, tmp_path, checkpoint, seed, monkeypatch):
     """Ragged batches, a rank without tokens, an expert that all choose; the rows of its rank take several calls."""
     gloo_deepep.install(monkeypatch)
@@ -81,10 +90,7 @@ def test_four_ranks_agree_with_float64_and_with_one_rank_after_the_other(model, 
             assert sum(count for count, *_ in pieces) == 2 * sum(TOKENS), "all rows, once for the block and once for its experts"
         if not len(x):
             continue
-        ids, weights = stock.route(checkpoint, x)
-        assert (ids == HOT).any(1).all()
-        wanted = stock.expected(checkpoint, x, ids, weights) + stock.expected_shared(checkpoint, x)
-        assert stock.relative_error(whole, wanted) < ROUNDING
+        ids, weights = checked_block(checkpoint, x, whole)
         total = torch.zeros(x.shape)
         for owner in range(RANKS):  # BF16 on every rank, then summed
             mine = torch.where(ids // LOCAL == owner, ids, -1).int()
@@ -168,10 +174,7 @@ def test_blocks_of_rows_agree_with_float64_and_with_expert_after_expert(
         assert all(-1 <= low and high < LOCAL for _, low, high in pieces), "local ids"
         if not len(x):
             continue
-        ids, weights = stock.route(checkpoint, x)
-        assert (ids == HOT).any(1).all()
-        wanted = stock.expected(checkpoint, x, ids, weights) + stock.expected_shared(checkpoint, x)
-        assert stock.relative_error(whole, wanted) < ROUNDING
+        ids, weights = checked_block(checkpoint, x, whole)
         assert torch.equal(together, weighted_slots(x, ids, weights, experts))
         assert torch.equal(together[-1:], alone), "a row's bits do not depend on the rows beside it"
 
