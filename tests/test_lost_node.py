@@ -5,17 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
 from hopper_moe.launch.ports import free_port
+from hopper_moe.moe_backends.sglang.launch_view import LaunchView
 from hopper_moe.moe_backends.sglang.lost_node import lost
 
 CLOSED = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:43210"
 
 # A server of two nodes: the parent of each waits for its scheduler as SGLang's does. argv: port, which node dies.
 NODES = textwrap.dedent("""
-    import multiprocessing, os, signal, sys, time
+    import multiprocessing, os, signal, sys
     from types import SimpleNamespace
     import torch, torch.distributed as dist
     from hopper_moe.moe_backends.sglang.lost_node import watch
@@ -74,14 +76,24 @@ def test_the_other_node_names_the_one_that_died(dying, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def launch(nodes: int, node: int, stages: int) -> LaunchView:
+    return LaunchView(SimpleNamespace(nnodes=nodes, node_rank=node, pp_size=stages), is_resolved=True)
+
+
 def test_which_node_is_named():
-    assert "node 1 (pipeline stage 2) of 2 nodes" in (lost(CLOSED, 2, 0, 4, 1) or "")
-    assert "node 1 (pipeline stage 3) of 2 nodes" in (lost(CLOSED, 2, 0, 4, 0) or "")
-    both = lost(CLOSED, 3, 1, 3, 1) or ""
+    assert "node 1 (pipeline stage 2) of 2 nodes" in (lost(CLOSED, launch(2, 0, 4), 1) or "")
+    assert "node 1 (pipeline stage 3) of 2 nodes" in (lost(CLOSED, launch(2, 0, 4), 0) or "")
+    both = lost(CLOSED, launch(3, 1, 3), 1) or ""
     assert (
         both.startswith("node 0 (pipeline stage 0) or node 2 (pipeline stage 2) of 3 nodes has ended") and "those nodes" in both
     )
     assert "Connection closed by peer [127.0.0.1]:43210. Node 1 ends, too." in both
+
+
+@pytest.mark.parametrize(("node", "stage", "named"), [(0, 0, 2), (1, 0, 3), (2, 1, 0), (3, 1, 1)])
+def test_of_a_stage_on_two_nodes_the_one_with_the_same_ranks_is_named(node, stage, named):
+    """Four nodes, two stages: rank r of a stage talks to rank r of the other."""
+    assert (lost(CLOSED, launch(4, node, 2), stage) or "").startswith(f"node {named} (pipeline stage {1 - stage}) of 4 nodes")
 
 
 @pytest.mark.parametrize(
@@ -90,4 +102,4 @@ def test_which_node_is_named():
     ids=["another error", "one node", "both neighbours are here"],
 )
 def test_other_errors_are_left_to_sglang(error, nodes, node, stages, stage):
-    assert lost(error, nodes, node, stages, stage) is None
+    assert lost(error, launch(nodes, node, stages), stage) is None

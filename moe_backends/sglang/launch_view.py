@@ -86,6 +86,10 @@ class LaunchView:
         first = count * (self.args.node_rank // self.nodes_per_stage)
         return range(first, first + count)
 
+    def node_of(self, stage: int) -> int:
+        """The host that holds those ranks of a pipeline stage that talk to this host's: the same ones within their stage."""
+        return stage // len(self.local_stages) * self.nodes_per_stage + self.args.node_rank % self.nodes_per_stage
+
     @property
     def local_ranks(self) -> range:
         """The ranks of this host within each of its stages."""

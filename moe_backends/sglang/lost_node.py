@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from hopper_moe.moe_backends.sglang.launch_view import LaunchView
+
 logger = logging.getLogger("hopper_moe")
 
 MIXIN = "sglang.srt.managers.scheduler_pp_mixin.SchedulerPPMixin"
@@ -31,8 +33,8 @@ def watch(loop: Callable[..., None], scheduler: Any, *args: Any, **kwargs: Any) 
     try:
         loop(scheduler, *args, **kwargs)
     except RuntimeError as error:
-        given = scheduler.server_args
-        sentence = lost(str(error), given.nnodes, given.node_rank, given.pp_size, scheduler.pp_group.rank_in_group)
+        view = LaunchView(scheduler.server_args, is_resolved=True)
+        sentence = lost(str(error), view, scheduler.pp_group.rank_in_group)
         if sentence is None:
             raise
         logger.error("%s", sentence)
@@ -42,13 +44,12 @@ def watch(loop: Callable[..., None], scheduler: Any, *args: Any, **kwargs: Any) 
         raise SystemExit(1) from error
 
 
-def lost(error: str, num_nodes: int, node: int, num_stages: int, stage: int) -> str | None:
-    """The sentence for an error of stage `stage` on node `node`; None where it speaks of no lost connection, or all stages are
-    here. Stages talk to the one before and the one behind, in a ring."""
-    gone = _GONE.search(error)
-    here = max(num_stages // num_nodes, 1)
-    around = {(stage + step) % num_stages for step in (-1, 1)}
-    others = sorted({(other // here, other) for other in around if other // here != node})
+def lost(error: str, view: LaunchView, stage: int) -> str | None:
+    """The sentence for an error of stage `stage` on this node; None where it speaks of no lost connection, or the stages around
+    are here. Stages talk to the one before and the one behind, in a ring."""
+    gone, num_nodes, node = _GONE.search(error), view.args.nnodes, view.args.node_rank
+    around = {(stage + step) % view.args.pp_size for step in (-1, 1)}
+    others = sorted((view.node_of(other), other) for other in around if other not in view.local_stages)
     if gone is None or not others:
         return None
     named = " or ".join(f"node {other} (pipeline stage {its})" for other, its in others)
