@@ -44,6 +44,9 @@ GROUPS = (
 )
 
 
+_IDLE = "no kernel"
+
+
 def group_of(kernel: str) -> str:
     """What a kernel does, by its name; "other" for names without a rule."""
     return next((group for group, pattern in GROUPS if re.search(pattern, kernel, re.IGNORECASE)), "other")
@@ -56,32 +59,30 @@ def summarize(events: Iterable[dict[str, Any]], num_steps: int) -> dict[str, Any
     `shares_us` kernels that run at once share the time equally, and "no kernel" is the rest: they add up to `step_us`.
     """
     kernels = [e for e in events if e.get("ph") == "X" and e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    groups: dict[str, float] = defaultdict(float)
     names: dict[str, list[float]] = defaultdict(list)
     for event in kernels:
-        groups[group_of(event["name"])] += event["dur"] / num_steps
         names[event["name"]].append(event["dur"])
-    ordered = sorted(kernels, key=lambda e: e["ts"])
-    busy = reached = 0.0
-    for event in ordered:
-        end = event["ts"] + event["dur"]
-        busy += max(0.0, end - max(event["ts"], reached))
-        reached = max(reached, end)
-    span = (reached - ordered[0]["ts"]) / num_steps if ordered else 0.0
+    groups: dict[str, float] = defaultdict(float)
+    for name, durations in names.items():
+        groups[group_of(name)] += sum(durations) / num_steps
+    shares = _shares(kernels, num_steps)
+    span = sum(shares.values())
     largest = sorted(names.items(), key=lambda item: -sum(item[1]))[:60]
     return {
         "steps": num_steps,
         "step_us": round(span, 1),
-        "busy_us": round(busy / num_steps, 1),
-        "shares_us": {
-            group: round(us, 1) for group, us in sorted(_shares(kernels, num_steps).items(), key=lambda item: -item[1])
-        },
-        "groups_us": {group: round(us, 1) for group, us in sorted(groups.items(), key=lambda item: -item[1])},
+        "busy_us": round(span - shares.get(_IDLE, 0.0), 1),
+        "shares_us": _largest_first(shares),
+        "groups_us": _largest_first(groups),
         "kernels": [
             {"us_a_step": round(sum(d) / num_steps, 1), "calls_a_step": round(len(d) / num_steps, 2), "name": name[:160]}
             for name, d in largest
         ],
     }
+
+
+def _largest_first(parts: dict[str, float]) -> dict[str, float]:
+    return {name: round(us, 1) for name, us in sorted(parts.items(), key=lambda item: -item[1])}
 
 
 def _shares(kernels: list[dict[str, Any]], num_steps: int) -> dict[str, float]:
@@ -92,7 +93,7 @@ def _shares(kernels: list[dict[str, Any]], num_steps: int) -> dict[str, float]:
     for (at, change, group), (then, *_) in pairwise(edges):
         running[group] += change
         total = running.total()
-        for name, count in (running if total else {"no kernel": 1}).items():
+        for name, count in (running if total else {_IDLE: 1}).items():
             shares[name] += (then - at) * count / max(total, 1) / num_steps
     return {name: us for name, us in shares.items() if us}
 
