@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from hopper_moe.eval.layer_bench import skew
 from hopper_moe.eval.layer_bench.skew import Case, Result, cases, results, table
+from hopper_moe.kernels.benchmarks.mega_moe import layer_calls
+from hopper_moe.kernels.benchmarks.workload import SHAPES
 from hopper_moe.kernels.device import Device
 
 
@@ -36,6 +39,7 @@ def test_the_table_compares_with_uniform_and_with_the_ideal():
     ("arguments", "said"),
     [
         (["--exponents", "1.0,x"], "--exponents '1.0,x' is not a list of positive numbers: write it as 1.0,1.2."),
+        (["--exponents", "nan"], "--exponents 'nan' is not a list of positive numbers"),
         (["--exponents", "-1"], "--exponents '-1' is not a list of positive numbers"),
         (["--redundant", "3"], "--redundant 3: 259 places are no multiple of 2 ranks."),
         (["--redundant", "0,x"], "--redundant '0,x' is not a list of whole numbers from 0: write it as 0,16,64."),
@@ -45,3 +49,19 @@ def test_bad_arguments_are_one_sentence(monkeypatch, arguments, said):
     monkeypatch.setattr(skew, "check_run", lambda *_: Device("NVIDIA H200", 132))
     result = CliRunner().invoke(skew.main, arguments)
     assert result.exit_code == 2 and said in result.output and len(result.output.splitlines()) == 1
+
+
+def test_a_launch_takes_the_copies_of_the_weights_in_turn():
+    made = []
+
+    def layer(x, ids, weights, packed, *, swiglu_limit, out):
+        made.append((x, ids, weights, packed, swiglu_limit, out))
+
+    inputs = [(torch.full((2, 4), float(call)), f"ids {call}", f"weights {call}") for call in range(5)]
+    run = layer_calls(layer, SHAPES["flash"], inputs, ["copy 0", "copy 1"])
+    assert made == []
+    run()
+    assert [(int(x[0, 0]), *rest) for x, *rest, _, _ in made] == [
+        (n, f"ids {n}", f"weights {n}", f"copy {n % 2}") for n in range(5)
+    ]
+    assert all(limit == 10.0 and out is made[0][-1] and out.shape == (2, 4) for *_, limit, out in made)

@@ -22,13 +22,6 @@ class Placement:
     def places_per_rank(self) -> int:
         return len(self.logical_of) // len(self.place_for)
 
-    def rows(self, counts: torch.Tensor) -> torch.Tensor:
-        """Rows of each rank, int64 [num_ranks], where every rank's tokens choose expert e `counts[e]` times."""
-        found = torch.zeros(len(self.place_for), dtype=torch.int64)
-        for places in self.place_for:
-            found.index_add_(0, places.long() // self.places_per_rank, counts.cpu())
-        return found
-
 
 def in_order(num_experts: int, num_ranks: int) -> Placement:
     """Without EPLB: expert e at place e."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from hopper_moe.eval.layer_bench.placement import Placement, balanced, in_order
 from hopper_moe.kernels.benchmarks import measure
-from hopper_moe.kernels.benchmarks.mega_moe import calls_per_launch, check_run, copies_of
-from hopper_moe.kernels.benchmarks.options import ListCommand, commit_option
+from hopper_moe.kernels.benchmarks.mega_moe import calls_per_launch, check_run, copies_of, layer_calls
+from hopper_moe.kernels.benchmarks.options import ListCommand, commit_option, counts, decimals
 from hopper_moe.kernels.benchmarks.ranks import run_on_ranks
-from hopper_moe.kernels.benchmarks.workload import SHAPES, make_layer, random_experts, random_routing, random_tokens
+from hopper_moe.kernels.benchmarks.workload import SHAPES, ModelShape, make_layer, random_experts, random_routing, random_tokens
+from hopper_moe.kernels.mega_moe import MegaMoE
 from hopper_moe.quantization.errors import Refusal
 
 NUM_LAUNCHES = 30  # timed
@@ -72,15 +73,12 @@ def placed(case: Case, num_experts: int, top_k: int, num_ranks: int) -> Placemen
     return balanced(torch.bincount(ids.flatten().long(), minlength=num_experts), num_ranks, case.redundant)
 
 
-def timed(call: Callable[[int], object], num_tokens: int) -> tuple[float, float, float]:
-    """us per call (median, 10th, 90th percentile) of `call(i)` for i in a launch."""
-    num_calls = calls_per_launch(num_tokens)
-
-    def run() -> None:
-        for number in range(num_calls):
-            call(number)
-
-    return measure.spread(measure.replay_times(run, num_calls, NUM_LAUNCHES, graph=True))
+def timed(
+    layer: MegaMoE, shape: ModelShape, inputs: Sequence[tuple[torch.Tensor, ...]], weights: Sequence[Any]
+) -> tuple[float, float, float]:
+    """us per call (median, 10th, 90th percentile) of a launch with a call for each of `inputs`."""
+    run = layer_calls(layer, shape, inputs, weights)
+    return measure.spread(measure.replay_times(run, len(inputs), NUM_LAUNCHES, graph=True))
 
 
 def measure_rank(
@@ -100,13 +98,8 @@ def measure_rank(
             places = place_for[ids.long()]
             inputs.append((random_tokens(shape, case.tokens, generator), places, topk_weights))
             rows += torch.bincount((places.flatten() // placement.places_per_rank).cpu(), minlength=num_ranks)
-        y = torch.empty(case.tokens, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
-
-        def call(number: int, layer=layer, inputs=inputs, weights=weights, y=y) -> None:
-            layer(*inputs[number], weights[number % WEIGHT_COPIES], swiglu_limit=shape.swiglu_limit, out=y)
-
         layer.buffer.barrier()
-        found.append((timed(call, case.tokens), (rows / len(inputs)).tolist()))
+        found.append((timed(layer, shape, inputs, weights), (rows / len(inputs)).tolist()))
         layer.buffer.barrier()
     return found
 
@@ -122,8 +115,7 @@ def ideal(shape_name: str, num_local: int, num_rows: float) -> float:
         (random_tokens(shape, num_tokens, generator), *random_routing(num_tokens, num_local, shape.top_k, "uniform", generator))
         for _ in range(calls_per_launch(num_tokens))
     ]
-    y = torch.empty(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
-    return timed(lambda i: layer(*inputs[i], weights[i % WEIGHT_COPIES], swiglu_limit=shape.swiglu_limit, out=y), num_tokens)[0]
+    return timed(layer, shape, inputs, weights)[0]
 
 
 def results(planned: list[Case], by_rank: list[list[tuple[Any, ...]]]) -> list[Result]:
@@ -168,38 +160,20 @@ def main(
     """Time the fused layer under skewed routing, without EPLB and with it, against uniform routing and an ideal."""
     shape = SHAPES[shape_name]
     check_run(ranks, tokens, shape.num_experts // ranks, shape)
-    planned_extra = counts("--redundant", redundant)
-    if uneven := [count for count in planned_extra if (shape.num_experts + count) % ranks]:
+    extra = counts("--redundant", redundant)
+    if uneven := [count for count in extra if (shape.num_experts + count) % ranks]:
         raise Refusal(f"--redundant {uneven[0]}: {shape.num_experts + uneven[0]} places are no multiple of {ranks} ranks.")
-    planned = cases(tokens, floats("--exponents", exponents), planned_extra)
+    planned = cases(tokens, decimals("--exponents", exponents), extra)
     found = []
     for result in results(planned, run_on_ranks(ranks, measure_rank, shape_name, shape.num_experts, planned)):
         places = (shape.num_experts + (result.redundant or 0)) // ranks
-        found.append(Result(**{**asdict(result), "ideal_us": ideal(shape_name, places, max(result.rows))}))
+        found.append(replace(result, ideal_us=ideal(shape_name, places, max(result.rows))))
     click.echo(table(found))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         facts = {"shape": shape_name, "ranks": ranks, "commit": commit, "gpu": torch.cuda.get_device_name()}
         lines = [json.dumps({**facts, **asdict(result)}) for result in found]
         (out / f"{shape_name}_skew.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def counts(option: str, text: str) -> list[int]:
-    """The numbers of a text such as 0,16,64."""
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise Refusal(f"{option} {text!r} is not a list of whole numbers from 0: write it as 0,16,64.")
-    return [int(part) for part in text.split(",")]
-
-
-def floats(option: str, text: str) -> list[float]:
-    """The positive numbers of a text such as 1.0,1.2."""
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = [0.0]
-    if min(found) <= 0:
-        raise Refusal(f"{option} {text!r} is not a list of positive numbers: write it as 1.0,1.2.")
-    return found
 
 
 if __name__ == "__main__":

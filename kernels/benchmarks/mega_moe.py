@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import itertools
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from hopper_moe.kernels.benchmarks.workload import (
     widen_rows,
 )
 from hopper_moe.kernels.device import Device, current_device
+from hopper_moe.kernels.mega_moe import MegaMoE
 from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.packing import PackedExperts, WidePackedExperts, pack_experts
 
@@ -52,6 +54,20 @@ def copies_of(packed: PackedExperts, count: int) -> list[PackedExperts]:
     """`packed` and count - 1 clones."""
     fields = [field.name for field in dataclasses.fields(packed)]
     return [packed] + [type(packed)(*(getattr(packed, name).clone() for name in fields)) for _ in range(count - 1)]
+
+
+def layer_calls(
+    layer: MegaMoE, shape: ModelShape, inputs: Sequence[tuple[torch.Tensor, ...]], weights: Sequence[Any]
+) -> Callable[[], None]:
+    """What a timed launch runs: one call of `layer` for each of `inputs` (tokens, ids and weights of as many tokens), with the
+    copies of the experts in turn. Results go into one tensor."""
+    y = torch.empty_like(inputs[0][0])
+
+    def run() -> None:
+        for (x, ids, topk_weights), packed in zip(inputs, itertools.cycle(weights), strict=False):
+            layer(x, ids, topk_weights, packed, swiglu_limit=shape.swiglu_limit, out=y)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -104,13 +120,7 @@ class LayerBenchmark:
         shape, num_calls, routing = self.shape, calls_per_launch(num_tokens), self.setup.routing
         routings = [random_routing(num_tokens, self.num_experts, shape.top_k, routing, self.generator) for _ in range(num_calls)]
         inputs = [(random_tokens(shape, num_tokens, self.generator), *routing) for routing in routings]
-        y = torch.empty(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
-        weights = list(itertools.islice(itertools.cycle(self.weights), num_calls))
-
-        def run() -> None:
-            for (x, ids, topk_weights), packed in zip(inputs, weights, strict=True):
-                self.layer(x, ids, topk_weights, packed, swiglu_limit=shape.swiglu_limit, out=y)
-
+        run = layer_calls(self.layer, shape, inputs, self.weights)
         self.layer.buffer.barrier()
         times = measure.replay_times(run, num_calls, NUM_LAUNCHES, self.setup.graph)
         touched = statistics.mean(self._num_touched(ids) for ids, _ in routings)

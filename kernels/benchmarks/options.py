@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
 from hopper_moe.quantization.errors import Refusal
+
+T = TypeVar("T")
 
 
 def current_commit() -> str:
@@ -66,6 +70,26 @@ def take_lists(arguments: Sequence[str], option: str) -> list[str]:
 
 def numbers(option: str, text: str) -> list[int]:
     """The positive numbers of a text such as 8,64."""
-    if not all(part.isdecimal() and int(part) for part in text.split(",")):
-        raise Refusal(f"{option} {text!r} is not a list of positive numbers: write it as 8,64.")
-    return [int(part) for part in text.split(",")]
+    return _listed(option, text, lambda part: part.isdecimal() and int(part) > 0, int, "positive numbers", "8,64")
+
+
+def counts(option: str, text: str) -> list[int]:
+    """The numbers of a text such as 0,16,64."""
+    return _listed(option, text, str.isdecimal, int, "whole numbers from 0", "0,16,64")
+
+
+def decimals(option: str, text: str) -> list[float]:
+    """The positive numbers of a text such as 1.0,1.2."""
+    return _listed(option, text, lambda part: 0 < float(part) < math.inf, float, "positive numbers", "1.0,1.2")
+
+
+def _listed(option: str, text: str, accepts: Callable[[str], bool], read: Callable[[str], T], what: str, example: str) -> list[T]:
+    """Raises Refusal for a part that `accepts` does not take, or cannot read (ValueError)."""
+    parts = text.split(",")
+    try:
+        is_good = all(map(accepts, parts))
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise Refusal(f"{option} {text!r} is not a list of {what}: write it as {example}.")
+    return [read(part) for part in parts]
