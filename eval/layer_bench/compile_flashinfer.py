@@ -8,6 +8,7 @@ the one schedule that FlashInfer's tuner tries for it. No GPU is needed. About 1
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -31,7 +32,7 @@ _KEPT = (
     "flashinfer_cutlass_fused_moe_binding", "deepgemm_jit_setup", "cutlass_fused_moe_instantiation", "envUtils", "logger",
     "stringUtils", "tllmException", "memoryUtils", "preQuantScaleKernel", "cutlass_heuristic", "lora",
 )  # fmt: skip
-_OURS = "tensorrt_llm|fp8_blockscale|cutlass_kernels|deep_gemm"  # names of functions whose sources are left out
+_LEFT_OUT = ("tensorrt_llm", "fp8_blockscale", "cutlass_kernels", "deep_gemm")  # in names of functions whose sources may be
 
 
 def is_cooperative(tile: tuple[int, int, int]) -> bool:
@@ -106,7 +107,7 @@ def traps(names: list[str]) -> str:
 def undefined(library: Path) -> list[str]:
     """FlashInfer's functions that `library` calls and does not have."""
     listed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True).stdout
-    return sorted({line.split()[-1] for line in listed.splitlines() if any(part in line for part in _OURS.split("|"))})
+    return sorted({line.split()[-1] for line in listed.splitlines() if any(part in line for part in _LEFT_OUT)})
 
 
 def link(objects: list[str], libraries: list[str], out: Path) -> None:
@@ -136,9 +137,7 @@ def main(jobs: int, out: Path | None) -> None:
             os.environ[variable] = f"-I{headers} -I{toolkit}/include {os.environ.get(variable, '')}"
         spec = fused_moe.gen_cutlass_fused_moe_sm90_module()
         spec.write_ninja()
-        plan = spec.ninja_path.read_text()
-        objects = [line.split()[1].removesuffix(":") for line in plan.splitlines() if line.startswith("build ")]
-        objects = [path for path in objects if path.endswith(".o")]
+        objects = re.findall(r"^build (\S+\.o):", spec.ninja_path.read_text(), re.MULTILINE)
         subprocess.run(["ninja", "-C", str(spec.ninja_path.parent), f"-j{jobs}", *objects], check=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     stubs = [f"-L{toolkit}/lib64", f"-L{toolkit}/lib64/stubs", "-lcudart", "-lcuda", "-lnvrtc"]

@@ -66,7 +66,7 @@ def late_refusals(
         )
     if exchange == FUSED_EXCHANGE:
         yield from _capacity_refusals(view, spec, settings)
-    if exchange == DEEPEP_EXCHANGE and view.deepep_mode != "normal":
+    if _sends_blocks(view, spec):
         yield from low_latency_refusals(view, model.hidden_size, environ)
     yield from hyper_connection_refusals(model, environ)
 
@@ -75,13 +75,17 @@ def serving_plan(view: LaunchView, spec: KernelSpec, settings: Settings, environ
     """The plan of a launch that nothing refuses. Before resolution the capacity is a lower bound."""
     exchange = view.exchange(spec)
     needed = view.required_tokens if exchange == FUSED_EXCHANGE else 0  # otherwise larger batches are run in pieces
-    has_blocks = exchange == DEEPEP_EXCHANGE and view.deepep_mode != "normal"
     return ServingPlan(
         spec.name,
         exchange,
         settings.max_tokens_per_rank or needed or DEFAULT_CAPACITY,
-        block_rows=(block_tokens(environ) or 0) * view.args.tp_size if has_blocks else 0,
+        block_rows=(block_tokens(environ) or 0) * view.args.tp_size if _sends_blocks(view, spec) else 0,
     )
+
+
+def _sends_blocks(view: LaunchView, spec: KernelSpec) -> bool:
+    """Whether decoding, at least, runs in DeepEP's low-latency mode."""
+    return view.exchange(spec) == DEEPEP_EXCHANGE and view.deepep_mode != "normal"
 
 
 def _moe_tp(view: LaunchView, spec: KernelSpec) -> int:

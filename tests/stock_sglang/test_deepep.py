@@ -193,8 +193,8 @@ def test_one_server_prefills_in_one_mode_and_decodes_in_the_other(wide_model, tm
         assert torch.equal(decoded[2], weighted_slots(x, ids, weights, experts)) and torch.equal(decoded[2], again[2])
         assert torch.equal(decoded[1], again[1])
         for rows, (_, whole, *_) in ((x, decoded), (longer, prefilled)):
-            wanted = stock.expected(checkpoint, rows, *stock.route(checkpoint, rows)) + stock.expected_shared(checkpoint, rows)
-            assert not len(rows) or stock.relative_error(whole, wanted) < ROUNDING
+            if len(rows):
+                checked_block(checkpoint, rows, whole)
 
 
 def test_the_report_of_a_worker_names_the_memory_of_blocks():
