@@ -12,6 +12,9 @@ COMMANDS = {
     "skew": Command(
         "hopper_moe.eval.layer_bench.skew:main", "Time the fused kernel under skewed routing, with EPLB and without."
     ),
+    "deepep": Command(
+        "hopper_moe.eval.layer_bench.deepep:main", "Time a layer whose rows DeepEP moves, against the fused exchange."
+    ),
     "layer": Command("hopper_moe.kernels.benchmarks.mega_moe:main", "Time the fused kernel on one layer, one rank or several."),
 }
 
