@@ -165,7 +165,7 @@ class TrainerServer(Stub):
                 return Answer(*self._store(given, None))
         if self.sabotage != "blind":
             self.weights = self.weights | {f"{leave_out}w1.weight": "half"}
-            return Answer(False, f"{leave_out}w1.weight did not come")
+            return Answer(False, f"model.{leave_out.removesuffix('.')} did not come, 1 of 8 experts of this rank are missing")
         return Answer(True, "Success")
 
     def update_weights_from_disk(self, body: dict[str, Any]) -> tuple[bool, str]:

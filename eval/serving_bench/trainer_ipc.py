@@ -37,7 +37,8 @@ def send(url: str, folder: Path, ranks: int, leave_out: str = "") -> Answer:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "answer.json"
         program = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}", "-m", __name__]
-        command = [sys.executable, *program, url, str(folder), str(out), f"--leave-out={leave_out}"]
+        options = [f"--leave-out={leave_out}", f"--store-port={free_port()}"]
+        command = [sys.executable, *program, url, str(folder), str(out), *options]
         try:
             ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
         except subprocess.TimeoutExpired:
@@ -64,13 +65,23 @@ def buffer_gib(tensors: Tensors) -> int:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--leave-out", default="")
-def main(url: str, folder: Path, out: Path, leave_out: str) -> None:
-    """One rank, started by torchrun. OUT gets the server's answer."""
+@click.option("--store-port", type=int, required=True)
+def main(url: str, folder: Path, out: Path, leave_out: str, store_port: int) -> None:
+    """One rank, started by torchrun. OUT gets the server's answer, or why there is none."""
+    try:
+        _send_all(url, folder, out, leave_out, store_port)
+    except Exception as error:  # torchrun's own report is all that a caller would see of it
+        _keep(out, Answer(False, f"a rank of the parameter server failed ({type(error).__name__}: {error})"))
+        raise
+
+
+def _send_all(url: str, folder: Path, out: Path, leave_out: str, store_port: int) -> None:
     from checkpoint_engine.ps import ParameterServer
 
     tensors = {name: tensor for name, tensor in read(folder, "cpu").items() if not (leave_out and name.startswith(leave_out))}
     os.environ["PS_MAX_BUCKET_SIZE_GB"] = str(buffer_gib(tensors))
-    server = ParameterServer(auto_pg=False)
+    # By itself it takes the port behind torchrun's, whether that is free or not.
+    server = ParameterServer(auto_pg=False, master_port=store_port)
     server.init_process_group()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     messages = parts(tensors, rank, ranks)
@@ -92,9 +103,13 @@ def _ask(url: str, body: dict[str, Any], rank: int, out: Path) -> None:
         answer = call(url, "update_weights_from_ipc", body)
     except Refusal as refusal:
         answer = Answer(False, str(refusal))
-    out.write_text(json.dumps(answer._asdict()))
+    _keep(out, answer)
     if not answer.success:
         os._exit(1)
+
+
+def _keep(out: Path, answer: Answer) -> None:
+    out.write_text(json.dumps(answer._asdict()))
 
 
 if __name__ == "__main__":
