@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
@@ -36,6 +37,9 @@ class TrainerGroup:
     def __init__(self, url: str, ranks: int, backend: str, timeout: float = 120.0) -> None:
         self.url, self.ranks, self._is_whole = url, ranks, True
         self._timeout, port = timedelta(seconds=timeout), free_port()
+        if backend == "nccl":
+            # As SGLang sets it in its own processes: NCCL cannot open the other kind of memory ("invalid argument").
+            os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         self.name = f"trainer-{port}"  # of its own: another run may use the same server
         body = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": ranks + 1}
         with ThreadPoolExecutor(1) as pool:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import multiprocessing
+import os
 import re
 import threading
 import time
@@ -130,7 +131,10 @@ def test_every_call_is_one_of_sglangs_with_a_body_that_it_reads(monkeypatch, no_
     calls.release("weights")
     calls.resume("weights")
     assert calls.flush().success
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "")  # so that it is gone again after the test
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE")
     with TrainerGroup("", 4, "nccl") as group:
+        assert os.environ["NCCL_CUMEM_ENABLE"] == "0", "as in SGLang's own processes"
         assert BroadcastCalls(group).send(named, flat=True, version="step-2").success
     assert [name for name, _ in made] == [
         "pause_generation", "begin_weight_update", "update_weights_from_tensor", "update_weights_from_tensor",
