@@ -166,7 +166,9 @@ class OneRank:
         """Of every way: error of ragged ranks, and rows whose bits are others when run again or with fewer rows beside them."""
         batch = self.batch(CHECKED // (1 + self.rank))
         want = contenders.exact_result(self.checkpoint, self.shape, *batch)
-        x, ids, weights = (tensor[: 5 - 5 * self.rank] for tensor in batch)  # of the second rank none
+        x, ids, weights = (
+            tensor[: 5 - 5 * self.rank].clone() for tensor in batch
+        )  # of the second rank none: no address, as DeepEP wants
         found = []
         for name, way in self.ways.items():
             first, again, part = (way(*given, self.weights[0]) for given in (batch, batch, (x, ids, weights)))
