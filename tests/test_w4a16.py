@@ -69,12 +69,9 @@ def test_storing_needs_the_gpu_and_scales_that_the_kernel_can_read(seed):
 def test_an_expert_named_twice_gets_the_sum_of_its_weights(seed_block):
     """In Triton's interpreter, which has to be chosen before Triton is imported."""
     program = f"from merge_check import check\nfor seed in {seed_block}: print('seed', seed), check(seed, 'cpu')"
-    subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent,
-        check=True,
-    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # PYTHONSAFEPATH hides the folder
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_merging_compiles_for_hopper():
