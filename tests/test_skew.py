@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -65,3 +68,17 @@ def test_a_launch_takes_the_copies_of_the_weights_in_turn():
         (n, f"ids {n}", f"weights {n}", f"copy {n % 2}") for n in range(5)
     ]
     assert all(limit == 10.0 and out is made[0][-1] and out.shape == (2, 4) for *_, limit, out in made)
+
+
+def test_kept_results_can_be_read():
+    """Every committed line has the fields of a result and possible numbers; all rows are where some rank computes them."""
+    kept = sorted((Path(skew.__file__).parent / "results").glob("*_skew.jsonl"))
+    assert kept
+    for path in kept:
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            facts = [row.pop(key) for key in ("commit", "gpu", "ranks", "shape")]
+            found = Result(**row)
+            assert all(facts) and len(found.rows) == facts[2], path
+            assert sum(found.rows) == pytest.approx(found.tokens * facts[2] * SHAPES[facts[3]].top_k), (path, found)
+            assert 0 < found.us_p10 <= found.us <= found.us_p90 and found.ideal_us, (path, found)

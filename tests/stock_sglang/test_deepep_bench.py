@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import gloo_deepep
 import pytest
 import torch
@@ -73,3 +76,18 @@ def test_an_unknown_mode_is_one_sentence(monkeypatch):
     result = CliRunner().invoke(deepep.main, ["--modes", "normal,fast"])
     assert result.exit_code == 2
     assert result.output == "--modes 'fast': DeepEP has normal and low_latency, write one or both with a comma.\n"
+
+
+def test_kept_results_can_be_read():
+    """Every committed line is a check or a time of these fields, with possible numbers."""
+    kept = sorted((Path(deepep.__file__).parent / "results").glob("*_deepep_*.jsonl"))
+    assert kept
+    for path in kept:
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            assert all(row.pop(key) for key in ("budget", "commit", "gpu", "ranks", "shape")), path
+            if "error" in row:
+                assert 0 < Check(**row).error < 0.06, (path, row)
+            else:
+                found = Result(**row)
+                assert 0 < found.us_p10 <= found.us <= found.us_p90, (path, row)
