@@ -115,6 +115,10 @@ def test_rows_name_kernels_backends_and_mistakes(tmp_path: Path) -> None:
     assert (two.name, two.folder) == ("mxfp4_mega, 2 GPUs", "mxfp4_mega-2-GPUs")
     assert two.arguments[:4] == ("--tp", "2", "--dp", "2")
     assert two.environment == {"HOPPER_MOE_KERNEL": "mxfp4_mega"} and not ours.arguments
+    moved = gpu.row_of("mxfp4_mega@2/auto", tmp_path, tmp_path)
+    assert moved.folder == "mxfp4_mega-2-GPUs-DeepEP-auto" and moved.arguments[:-4] == two.arguments
+    assert moved.arguments[-4:] == ("--moe-a2a-backend", "deepep", "--deepep-mode", "auto")
+    assert moved.environment == {**two.environment, "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256"}
     wrong = gpu.sabotaged_row("clamp missing", tiny_model(), "w4a16", tmp_path)
     assert wrong.sabotage and wrong.folder == "clamp-missing" and (wrong.model / "config.json").exists()
     assert gpu.sabotaged_row("clamp missing", tiny_model(), "w4a16", tmp_path) == wrong  # again: what is there is kept

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from hopper_moe.eval.benchmarks import DATA
-from hopper_moe.eval.gpu_model import fake_quant, train
+from hopper_moe.eval.gpu_model import fake_quant, train, widen
 from hopper_moe.eval.gpu_model.config import CONFIG, MIX
 from hopper_moe.eval.gpu_model.data import LENGTH, encode, held_out_questions
 from hopper_moe.eval.gpu_model.forward import forward
@@ -21,6 +22,7 @@ from hopper_moe.eval.word_problems import is_held_out, problems, question_set
 from hopper_moe.launch.cpu_host.engine import Engine, Request
 from hopper_moe.launch.cpu_host.model import load
 from hopper_moe.quantization import codecs
+from hopper_moe.quantization.errors import Refusal
 
 MODEL, QUESTIONS = DATA / "gpu_dsv4", DATA / "word_problems_hard.jsonl"
 
@@ -160,3 +162,25 @@ def test_committed_model_answers_on_the_cpu_host() -> None:
     for row, future in zip(rows, futures, strict=True):
         right += f"\\boxed{{{row['expected_answer']}}}" in tokenizer.decode(future.result().tokens)
     assert right >= 8, right
+
+
+def test_the_wide_model_computes_the_same_function(tmp_path: Path) -> None:
+    """Up to the order of sums: the reference's experts quantise the same values."""
+    made = CliRunner().invoke(widen.main, [str(MODEL), str(tmp_path / "wide"), "--copies", "4"])
+    assert made.exit_code == 0, made.output
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["hidden_size"] == 4 * CONFIG["hidden_size"]
+    ids = torch.randint(3, CONFIG["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        usual, wide = (load(folder, "reference")[0](ids, use_cache=False).logits for folder in (MODEL, tmp_path / "wide"))
+    # A sum in another order may round an activation the other way: rare, and a step of E4M3.
+    assert (wide - usual).norm() < 0.01 * usual.norm() and usual.std() > 1
+
+
+def test_copies_that_would_round_are_refused(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(widen.main, [str(MODEL), str(tmp_path / "wide"), "--copies", "3"])
+    assert refused.exit_code == 2 and "--copies 3 is no power of two" in refused.output and not (tmp_path / "wide").exists()
+    scales = torch.tensor([[130, 3]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    name = "layers.0.ffn.experts.0.w1.scale"
+    assert widen.widened(name, scales, 8, 4).view(torch.uint8).tolist() == [[127, 0] * 8]
+    with pytest.raises(Refusal, match=r"w1.scale holds the scale 2\^-124, which 16 copies"):
+        widen.widened(name, scales, 16, 4)

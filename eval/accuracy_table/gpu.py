@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from hopper_moe.launch.server_process import ServerProcess, servers
 from hopper_moe.moe_backends.env_table import EXPAND_FP4
 from hopper_moe.moe_backends.kernel_specs import KERNELS, REGISTRY
 from hopper_moe.moe_backends.sglang.hyper_connections import FUSE
+from hopper_moe.moe_backends.sglang.low_latency_rules import BUDGET
 from hopper_moe.moe_backends.sglang.plan import BACKEND
 from hopper_moe.quantization.errors import Refusal
 
@@ -53,8 +54,9 @@ other batches), and how far its two best tokens are apart where answers part (a 
 CONCURRENCY = 400  # a step of the reference takes its third of a second for one answer as for 400
 # Questions and answers take less than a page of 256 tokens each, and a tenth of the pool is for the sliding window. The pool is
 # capped in tokens: with several servers on one GPU, SGLang's own sizing would read what the others leave it.
+MOST_REQUESTS = 512
 SGLANG_ARGUMENTS = (
-    "--context-length 4096 --mem-fraction-static 0.6 --max-total-tokens 1572864 --max-running-requests 512 "
+    f"--context-length 4096 --mem-fraction-static 0.6 --max-total-tokens 1572864 --max-running-requests {MOST_REQUESTS} "
     "--chunked-prefill-size 8192 --cuda-graph-bs-decode 1 8 32 128 256 512 --mm-feature-transport cpu --watchdog-timeout 3600"
 ).split()
 
@@ -77,12 +79,14 @@ class Row:
 
 
 def row_of(name: str, model: Path, out: Path) -> Row:
-    """A kernel of this package (KERNEL@N: on N GPUs), `exact`, or else one of SGLang's own MoE backends. A kernel of FP8 experts
-    gets the model's FP4 ones expanded."""
-    kernel, at, gpus = name.partition("@")
+    """A kernel of this package (KERNEL@N: on N GPUs, KERNEL@N/MODE: whose rows DeepEP moves), `exact`, or else one of SGLang's
+    own MoE backends. A kernel of FP8 experts gets the model's FP4 ones expanded."""
+    kernel, at, where = name.partition("@")
     if at:
+        gpus, _, mode = where.partition("/")
         arguments = ("--tp", gpus, "--dp", gpus, "--enable-dp-attention", "--ep", gpus, "--disable-custom-all-reduce")
-        return Row(f"{kernel}, {gpus} GPUs", model, BACKEND, {"HOPPER_MOE_KERNEL": kernel}, arguments=arguments)
+        row = Row(f"{kernel}, {gpus} GPUs", model, BACKEND, {"HOPPER_MOE_KERNEL": kernel}, arguments=arguments)
+        return by_deepep(row, mode, -(-MOST_REQUESTS // int(gpus))) if mode else row
     if name in KERNELS:
         expanded = {EXPAND_FP4: "1"} if REGISTRY[name].expert_dtype == "fp8" else {}
         return Row(name, model, BACKEND, {"HOPPER_MOE_KERNEL": name, **expanded})
@@ -91,6 +95,13 @@ def row_of(name: str, model: Path, out: Path) -> Row:
     path = os.pathsep.join((str(exact_experts.install(out / "exact_plugin")), os.environ.get("PYTHONPATH", "")))
     environment = {"HOPPER_MOE_KERNEL": "reference", "HOPPER_MOE_SELF_CHECK": "0", "PYTHONPATH": path}
     return Row(name, model, BACKEND, environment)
+
+
+def by_deepep(row: Row, mode: str, requests: int) -> Row:
+    """The same row with DeepEP's `mode` in place of the fused exchange. `requests`: of one rank, at most."""
+    arguments = (*row.arguments, "--moe-a2a-backend", "deepep", "--deepep-mode", mode)
+    environment = {**row.environment, BUDGET: str(requests)}
+    return replace(row, name=f"{row.name}, DeepEP {mode}", arguments=arguments, environment=environment)
 
 
 def sabotaged_row(name: str, model: Path, kernel: str, out: Path) -> Row:
@@ -216,8 +227,8 @@ def texts(folder: Path) -> dict[str, str]:
     "--kernels",
     default="reference,exact,mxfp4_mega,fp8_mega,w4a16",
     show_default=True,
-    help="Comma-separated, reference first: kernels (KERNEL@N: tokens and experts on N GPUs), `exact` (FP64, nothing rounded), "
-    "or SGLang's own backends, such as marlin.",
+    help="Comma-separated, reference first: kernels (KERNEL@N: tokens and experts on N GPUs, KERNEL@N/MODE: moved by DeepEP in "
+    "that mode), `exact` (FP64, nothing rounded), or SGLang's own backends, such as marlin.",
 )
 @click.option("--model", default=MODEL, type=click.Path(path_type=Path))
 @click.option("--data", default=QUESTIONS, type=click.Path(path_type=Path))
