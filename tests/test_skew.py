@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from click.testing import CliRunner
+from kept_results import kept_rows
 
 from hopper_moe.eval.layer_bench import skew
 from hopper_moe.eval.layer_bench.skew import Case, Result, cases, results, table
@@ -72,13 +70,8 @@ def test_a_launch_takes_the_copies_of_the_weights_in_turn():
 
 def test_kept_results_can_be_read():
     """Every committed line has the fields of a result and possible numbers; all rows are where some rank computes them."""
-    kept = sorted((Path(skew.__file__).parent / "results").glob("*_skew.jsonl"))
-    assert kept
-    for path in kept:
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            facts = [row.pop(key) for key in ("commit", "gpu", "ranks", "shape")]
-            found = Result(**row)
-            assert all(facts) and len(found.rows) == facts[2], path
-            assert sum(found.rows) == pytest.approx(found.tokens * facts[2] * SHAPES[facts[3]].top_k), (path, found)
-            assert 0 < found.us_p10 <= found.us <= found.us_p90 and found.ideal_us, (path, found)
+    for row in kept_rows(skew, "*_skew.jsonl"):
+        _, _, ranks, shape = (row.pop(key) for key in ("commit", "gpu", "ranks", "shape"))
+        found = Result(**row)
+        assert len(found.rows) == ranks and sum(found.rows) == pytest.approx(found.tokens * ranks * SHAPES[shape].top_k), row
+        assert 0 < found.us_p10 <= found.us <= found.us_p90 and found.ideal_us, row

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import gloo_deepep
 import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
+from kept_results import kept_rows
 
 from hopper_moe.eval.layer_bench import deepep
 from hopper_moe.eval.layer_bench.deepep import Check, LowLatency, Normal, Result, groups_of, of_all_ranks, table
@@ -80,14 +78,10 @@ def test_an_unknown_mode_is_one_sentence(monkeypatch):
 
 def test_kept_results_can_be_read():
     """Every committed line is a check or a time of these fields, with possible numbers."""
-    kept = sorted((Path(deepep.__file__).parent / "results").glob("*_deepep_*.jsonl"))
-    assert kept
-    for path in kept:
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            assert all(row.pop(key) for key in ("budget", "commit", "gpu", "ranks", "shape")), path
-            if "error" in row:
-                assert 0 < Check(**row).error < 0.06, (path, row)
-            else:
-                found = Result(**row)
-                assert 0 < found.us_p10 <= found.us <= found.us_p90, (path, row)
+    for row in kept_rows(deepep, "*_deepep_*.jsonl"):
+        assert all(row.pop(key) for key in ("budget", "commit", "gpu", "ranks", "shape")), row
+        if "error" in row:
+            assert 0 < Check(**row).error < 0.06, row
+        else:
+            found = Result(**row)
+            assert 0 < found.us_p10 <= found.us <= found.us_p90, row
