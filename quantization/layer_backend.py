@@ -92,7 +92,7 @@ class LayerBackend(Protocol):
             num_tokens: that this rank brought to the call, for the metrics.
 
         Returns:
-            bf16 [E, M, H]; rows from `counts` on are zeros.
+            bf16 [E, M, H]; rows from `counts` on are undefined.
         """
 
     def run_across_ranks(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

@@ -109,6 +109,12 @@ def make_rig(seed: int, shape: ModelShape, num_experts: int, capacity: int, **op
     return Rig(shape, packed, make_layer(shape, num_experts, capacity, **options), generator)
 
 
+def block_counts(num_tokens: int, num_experts: int, top_k: int, generator: torch.Generator, device: str = "cuda") -> torch.Tensor:
+    """int32 [num_experts]: rows that come to each expert's block when `num_tokens` tokens choose."""
+    ids, _ = random_routing(num_tokens, num_experts, top_k, "uniform", generator, device)
+    return torch.bincount(ids.flatten(), minlength=num_experts).int()
+
+
 def read_field(mm: MegaMoE, field: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """A copy of the first elements of a workspace field (`csrc/layout.cuh`)."""
     count = torch.Size(shape).numel() * dtype.itemsize

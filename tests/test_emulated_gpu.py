@@ -29,7 +29,7 @@ from mega_moe_rig import FACTOR, PAIRS, RANDOM_EXPERTS, Batch, read_dispatched, 
 
 from hopper_moe.kernels import reference
 from hopper_moe.kernels.benchmarks.workload import ModelShape, random_checkpoint, random_tokens, widen_rows
-from hopper_moe.kernels.expert_blocks import block_routing
+from hopper_moe.kernels.expert_blocks import most_rows, run_on_blocks
 from hopper_moe.kernels.failure import PeerTimeout
 from hopper_moe.kernels.reference_stages import HiddenStage, combine_slots, expert_hidden
 from hopper_moe.kernels.reference_weights import Mxfp4Experts
@@ -70,9 +70,10 @@ BLOCKS = {
     "one row": [0, 0, 0, 1, 0, 0, 0],
     "ragged": [36, 0, 1, 7, 35, 0, 8],
     "one expert": [0, 0, 0, 0, 0, 0, 36],
-    "full": [36, 36, 36, 36, 36, 36, 36],
+    "full blocks": [36, 0, 36, 0, 0, 36, 0],  # 36 tokens chose the same three experts
+    "full list": [16, 15, 15, 16, 15, 16, 15],
 }
-BLOCK_CASES = [(name, "bf16") for name in BLOCKS] + [("full", "fp8_weights"), ("ragged", "wide_weights")]
+BLOCK_CASES = [(name, "bf16") for name in BLOCKS] + [("full list", "fp8_weights"), ("ragged", "wide_weights")]
 MANY_EXPERTS = [(384 + 64, 384, 2), (384 + 64, 384, 8), (1024, 256, 4), (1024, 256, 8), (400, 100, 1)]
 SPREADS = [(num_ranks, option) for num_ranks in (2, 4) for option in OPTIONS] + [(8, name) for name in ("bf16", "waves", "pairs")]
 
@@ -132,22 +133,29 @@ def test_layer(gpus, generator, seed, name, num_tokens, routing, option):
 @pytest.mark.parametrize("name, option", BLOCK_CASES)
 def test_blocks_of_rows(gpus, generator, seed, name, option):
     """As DeepEP's low-latency mode brings them: what a block holds behind its rows is NaN, and shows nowhere."""
-    shape, options = SHAPES["odd"], dict(OPTIONS[option])
-    experts, counts = random_experts(shape, options, generator), torch.tensor(BLOCKS[name], dtype=torch.int32)
-    layer = EmulatedLayer(gpus(type(experts)), shape, experts, 7 * BLOCK_ROWS, **options)
-    ids, weights = block_routing(counts, BLOCK_ROWS, shape.top_k)
-    is_row = ids[:, 0] >= 0
-    assert is_row.sum() == counts.sum() and torch.equal(torch.bincount(ids[is_row, 0], minlength=7), counts)
-    x = torch.where(is_row[:, None], random_tokens(shape, len(ids), generator, "cpu"), float("nan"))
-    (y,) = layer.run([Batch(x, ids, weights)], seed)
-    assert not bits_of(y[~is_row]).any(), "a row of nobody is not zero"
-    given = Batch(x[is_row], ids[is_row], weights[is_row])
+    shape, options, counts = SHAPES["odd"], dict(OPTIONS[option]), torch.tensor(BLOCKS[name], dtype=torch.int32)
+    experts, is_row = random_experts(shape, options, generator), torch.arange(BLOCK_ROWS) < counts[:, None]
+    layer = EmulatedLayer(gpus(type(experts)), shape, experts, most_rows(7, BLOCK_ROWS, shape.top_k), **options)
+    blocks = random_tokens(shape, 7 * BLOCK_ROWS, generator, "cpu").view(7, BLOCK_ROWS, -1)
+    blocks[~is_row] = float("nan")
+    calls = []
+
+    def run(*rows: torch.Tensor) -> torch.Tensor:
+        (y,) = layer.run([Batch(*rows)], seed)
+        calls.append((Batch(*rows), y))
+        return y
+
+    y = run_on_blocks(blocks, counts, shape.top_k, run)[is_row]
+    [(listed, of_list)], num_rows = calls, int(counts.sum())
+    given = listed.rows(slice(num_rows))
+    assert torch.equal(given.x, blocks[is_row]) and torch.equal(given.topk_ids[:, 0].long(), is_row.nonzero()[:, 0])
+    assert not bits_of(of_list[num_rows:]).any(), "a row of nobody is not zero"
     want = reference.moe_layer(
         given.x, given.topk_ids, given.topk_weights, experts, swiglu_limit=shape.swiglu_limit, routed_scaling_factor=FACTOR
     )
-    assert_layers_agree(y[is_row], want, MAX_RELATIVE_L2, 1 - MAX_RELATIVE_L2**2)
+    assert_layers_agree(y, want, MAX_RELATIVE_L2, 1 - MAX_RELATIVE_L2**2)
     (alone,) = layer.run([given], seed)
-    assert torch.equal(bits_of(y[is_row]), bits_of(alone)), "the bits depend on what else lies in the blocks"
+    assert torch.equal(bits_of(y), bits_of(alone)), "the bits depend on what else lies in the blocks"
 
 
 @pytest.mark.one_seed_in(4)

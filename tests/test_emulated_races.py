@@ -12,10 +12,10 @@ import pytest
 import torch
 from emulated_layer import SPREAD, EmulatedLayer, compiled_on_first_use, draw_batch
 from mega_moe_ranks import OPTIONS
-from mega_moe_rig import RANDOM_EXPERTS, Batch
+from mega_moe_rig import RANDOM_EXPERTS, Batch, block_counts
 
 from hopper_moe.kernels.benchmarks.workload import random_tokens
-from hopper_moe.kernels.expert_blocks import block_routing
+from hopper_moe.kernels.expert_blocks import most_rows, run_on_blocks
 from hopper_moe.quantization.packing import PackedExperts
 
 CASES = [("bf16", 1, 1), ("bf16", 1, 300), ("waves", 2, 150), ("pairs", 2, 150)]
@@ -42,14 +42,17 @@ def test_one_call(gpus, seed, option, num_ranks, num_tokens):
 
 @pytest.mark.one_seed_in(4)
 def test_blocks_of_rows(gpus, seed):
-    """Rows in a block per expert, and NaN behind them (`test_emulated_gpu.test_blocks_of_rows`)."""
-    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    layer = EmulatedLayer(gpus(), SPREAD, RANDOM_EXPERTS[PackedExperts](SPREAD, 16, generator, "cpu"), 16 * 9)
+    """The list of rows that lie in a block per expert, and nobody's rows behind it (`test_emulated_gpu.test_blocks_of_rows`)."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = RANDOM_EXPERTS[PackedExperts](SPREAD, 16, generator, "cpu")
+    layer = EmulatedLayer(gpus(), SPREAD, experts, most_rows(16, 9, SPREAD.top_k))
     layer.look_for_races()
-    ids, weights = block_routing(torch.tensor([draw.randint(0, 9) for _ in range(16)], dtype=torch.int32), 9, SPREAD.top_k)
-    x = random_tokens(SPREAD, len(ids), generator, "cpu").where(ids[:, :1] >= 0, float("nan"))
-    (y,) = layer.run([Batch(x, ids, weights)], seed)
-    assert not y.isnan().any()
+    counts = block_counts(random.Random(seed).randint(0, 9), 16, SPREAD.top_k, generator, "cpu")
+    blocks = random_tokens(SPREAD, 16 * 9, generator, "cpu").view(16, 9, -1)
+    is_row = torch.arange(9) < counts[:, None]
+    blocks[~is_row] = float("nan")
+    y = run_on_blocks(blocks, counts, SPREAD.top_k, lambda *rows: layer.run([Batch(*rows)], seed)[0])
+    assert not y[is_row].isnan().any()
 
 
 @pytest.mark.one_seed_in(4)

@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from mega_moe_rig import FACTOR, PAIRS, Batch, Rig, make_rig
+from mega_moe_rig import FACTOR, PAIRS, Batch, Rig, block_counts, make_rig
 from tqdm import tqdm
 
 from hopper_moe.kernels.benchmarks.workload import ROUTINGS, SHAPES, random_routing, random_tokens
-from hopper_moe.kernels.expert_blocks import block_routing
+from hopper_moe.kernels.expert_blocks import most_rows, run_on_blocks
 from hopper_moe.kernels.tile_table import TILES, forced_tile
 
 pytestmark = pytest.mark.gpu
@@ -90,28 +90,30 @@ def test_graph_replays(rig, pytestconfig, seed):
 def test_graph_replays_of_blocks_of_rows(rig, seed):
     """As DeepEP's low-latency mode brings them: how many rows a block has is known on the device only, and what lies behind them
     is NaN. The bits are those of the rows alone."""
-    draw, num_experts = random.Random(seed), rig.mm.shard.num_local_experts
-    rows = rig.mm.shard.max_tokens_per_rank // num_experts
+    draw, num_experts, top_k = random.Random(seed), rig.mm.shard.num_local_experts, rig.shape.top_k
+    block_rows = rig.mm.shard.max_tokens_per_rank // num_experts
     counts = torch.zeros(num_experts, dtype=torch.int32, device="cuda")
-    x = torch.zeros(num_experts * rows, rig.shape.hidden_size, dtype=torch.bfloat16, device="cuda")
-    y = torch.empty_like(x)
+    blocks = torch.zeros(num_experts, block_rows, rig.shape.hidden_size, dtype=torch.bfloat16, device="cuda")
+    listed = most_rows(num_experts, block_rows, top_k)
+    y, options = blocks.new_empty(listed, rig.shape.hidden_size), {"swiglu_limit": rig.shape.swiglu_limit}
 
     def call():
-        ids, weights = block_routing(counts, rows, rig.shape.top_k)
-        options = {"swiglu_limit": rig.shape.swiglu_limit, "routed_scaling_factor": FACTOR}
-        rig.mm(x, ids, weights, rig.packed, out=y, **options)
+        return run_on_blocks(blocks, counts, top_k, lambda *rows: rig.mm(*rows, rig.packed, out=y, **options))
 
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    for most in (0, rows, *(draw.randint(1, rows) for _ in range(30))):
-        counts.copy_(torch.tensor([draw.choice((0, most, draw.randint(0, most))) for _ in range(num_experts)]))
-        ids, weights = block_routing(counts, rows, rig.shape.top_k)
-        is_row = ids[:, 0] >= 0
-        x.copy_(random_tokens(rig.shape, len(x), rig.generator).masked_fill(~is_row[:, None], float("nan")))
+        found = call()
+    for num_tokens in (0, block_rows, *(draw.randint(1, block_rows) for _ in range(30))):
+        counts.copy_(block_counts(num_tokens, num_experts, top_k, rig.generator))
+        is_row = torch.arange(block_rows, device="cuda") < counts[:, None]
+        rows = random_tokens(rig.shape, int(counts.sum()), rig.generator)
+        blocks.fill_(float("nan"))
+        blocks[is_row] = rows
         y.fill_(float("nan"))
         graph.replay()
-        alone = rig.run(Batch(x[is_row], ids[is_row], weights[is_row]), poison=False)
-        assert torch.equal(y[is_row], alone) and not y[~is_row].any()
+        ids = torch.full((len(rows), top_k), -1, dtype=torch.int32, device="cuda")
+        ids[:, 0] = is_row.nonzero()[:, 0]
+        alone = rig.run(Batch(rows, ids, torch.ones_like(ids, dtype=torch.float32)), poison=False, routed_scaling_factor=1.0)
+        assert torch.equal(found[is_row], alone) and not y[len(rows) :].any()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from layer_data import Layer, make_layer
+from mega_moe_rig import block_counts
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hopper_moe.kernels import reference
-from hopper_moe.kernels.expert_blocks import block_routing
+from hopper_moe.kernels.expert_blocks import most_rows, run_on_blocks
 from hopper_moe.kernels.reference_weights import Mxfp4Experts
 from hopper_moe.kernels.shard import ExpertShard
 from hopper_moe.moe_backends.registry import create_runner
@@ -116,8 +117,28 @@ def test_another_group_than_prepared_for_is_refused_by_the_kernels_name(kernel, 
         runner.run_across_ranks(torch.empty(0), torch.empty(0), torch.empty(0), group=object())
 
 
-def test_blocks_of_rows_are_routed_without_a_look_at_their_counts():
+def test_blocks_of_rows_run_without_a_look_at_their_counts():
     """A CUDA graph captures it: fake tensors have no values to look at."""
     with FakeTensorMode():
-        ids, weights = block_routing(torch.empty(4, dtype=torch.int32), 9, 3)
-    assert (ids.dtype, tuple(ids.shape)) == (torch.int32, (36, 3)) and weights.shape == ids.shape
+        blocks, sizes = torch.empty(4, 9, 8, dtype=torch.bfloat16), []
+        y = run_on_blocks(blocks, torch.empty(4, dtype=torch.int32), 3, lambda x, *_: sizes.append(x.shape) or x)
+    assert (y.dtype, y.shape) == (torch.bfloat16, blocks.shape) and y.is_contiguous()
+    assert sizes == [(most_rows(4, 9, 3), 8)] == [(27, 8)]
+
+
+@pytest.mark.parametrize(("experts", "most"), [(2, 18), (3, 27), (40, 27)])
+def test_every_row_of_a_block_is_listed_once(experts, most, seed):
+    """Rows that nine tokens sent to three experts each, or to all there are; each comes back where it lay, from its expert."""
+    assert most_rows(experts, 9, 3) == most
+    counts = block_counts(9, experts, min(3, experts), torch.Generator().manual_seed(seed), "cpu")
+    blocks = torch.arange(experts * 9 * 8.0).view(experts, 9, 8).bfloat16()
+    is_row = torch.arange(9) < counts[:, None]
+
+    def run(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        assert ids.dtype is torch.int32 and weights.dtype is torch.float32 and weights.eq(1).all()
+        assert len(x) == most and ids.shape == (most, 3) and ids[:, 1:].eq(-1).all()
+        assert torch.equal(torch.bincount(ids[:, 0] + 1, minlength=experts + 1)[1:], counts.long())
+        return x + ids[:, :1].bfloat16()
+
+    y = run_on_blocks(blocks, counts, 3, run)
+    assert torch.equal(y[is_row], (blocks + torch.arange(experts)[:, None, None].bfloat16())[is_row])

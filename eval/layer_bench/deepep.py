@@ -34,7 +34,7 @@ from hopper_moe.kernels.benchmarks.workload import (
     random_routing,
     random_tokens,
 )
-from hopper_moe.kernels.expert_blocks import block_routing
+from hopper_moe.kernels.expert_blocks import most_rows, run_on_blocks
 from hopper_moe.moe_backends.sglang.low_latency_rules import DEFAULT_BUDGET
 from hopper_moe.quantization.errors import Refusal
 from hopper_moe.quantization.packing import pack_experts
@@ -102,8 +102,11 @@ class LowLatency:
             x, wide, self._budget, self._num_experts, use_fp8=False, return_recv_hook=True
         )
         receive()
-        local_ids, ones = block_routing(counts, blocks.shape[1], ids.shape[1])
-        done = self._layer(blocks.flatten(0, 1), local_ids, ones, packed).view_as(blocks)
+
+        def run(rows: torch.Tensor, local_ids: torch.Tensor, ones: torch.Tensor) -> torch.Tensor:
+            return self._layer(rows, local_ids, ones, packed)
+
+        done = run_on_blocks(blocks, counts, ids.shape[1], run)
         y, _, receive = self._buffer.low_latency_combine(done, wide, weights, handle, return_recv_hook=True)
         receive()
         return y
@@ -152,7 +155,7 @@ class OneRank:
             alone = self._call(make_layer(shape, num_local, capacity * self.num_ranks))
             self.ways[NORMAL] = Normal(self.buffer, shape.num_experts, alone)
         if LOW_LATENCY in modes:
-            alone = self._call(make_layer(shape, num_local, num_local * budget * self.num_ranks))
+            alone = self._call(make_layer(shape, num_local, most_rows(num_local, budget * self.num_ranks, shape.top_k)))
             self.ways[LOW_LATENCY] = LowLatency(self.buffer, shape.num_experts, alone, budget)
 
     def _call(self, layer: Any) -> Layer:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from hopper_moe.kernels.expert_blocks import block_routing
+from hopper_moe.kernels.expert_blocks import run_on_blocks
 from hopper_moe.kernels.reference_weights import Fp8BlockExperts, Mxfp4Experts
 from hopper_moe.kernels.shard import ExpertShard
 from hopper_moe.moe_backends import self_check
@@ -166,25 +166,20 @@ class RunnerBackend:
         READY.add(parameters)
 
     def run(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """At most `max_tokens_per_rank` rows at a time; a row's result does not depend on the others."""
         self._note_call(hidden_states.shape[0])
-        limit = self.max_tokens_per_rank
-        if hidden_states.shape[0] <= limit:
-            return self._runner.run(hidden_states, topk_ids, topk_weights)
-        return self._run_in_pieces(hidden_states, topk_ids, topk_weights, limit)
+        return self._run_in_pieces(hidden_states, topk_ids, topk_weights)
 
     def run_blocks(self, blocks: torch.Tensor, counts: torch.Tensor, num_tokens: int) -> torch.Tensor:
         self._note_call(num_tokens)
-        rows, limit = blocks.shape[1], self.max_tokens_per_rank
-        ids, weights = block_routing(counts, rows, self._shard.top_k)
-        # A piece holds whole experts where it can: one that ends inside a block has the next piece read its weights again.
-        return self._run_in_pieces(blocks.flatten(0, 1), ids, weights, limit // rows * rows or limit).view_as(blocks)
+        return run_on_blocks(blocks, counts, self._shard.top_k, self._run_in_pieces)
 
-    def _run_in_pieces(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, rows: int
-    ) -> torch.Tensor:
+    def _run_in_pieces(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """At most `max_tokens_per_rank` rows at a time; a row's result does not depend on the others."""
+        limit = self.max_tokens_per_rank
+        if hidden_states.shape[0] <= limit:
+            return self._runner.run(hidden_states, topk_ids, topk_weights)
         y = torch.empty_like(hidden_states)
-        for piece in zip(*(tensor.split(rows) for tensor in (hidden_states, topk_ids, topk_weights, y)), strict=True):
+        for piece in zip(*(tensor.split(limit) for tensor in (hidden_states, topk_ids, topk_weights, y)), strict=True):
             self._runner.run(*piece)
         return y
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hopper_moe.kernels import workspace
+from hopper_moe.kernels.expert_blocks import most_rows
 from hopper_moe.moe_backends.env import Settings, settings
 from hopper_moe.moe_backends.kernel_specs import KernelSpec
 from hopper_moe.moe_backends.registry import create_runner
@@ -68,7 +69,8 @@ def block_memory(shard: ExpertShard, plan: ServingPlan) -> str:
     if not plan.block_rows:
         return ""
     rows = shard.num_local_experts * plan.block_rows
-    num_bytes = 2 * rows * shard.hidden_size * torch.bfloat16.itemsize  # what comes and what goes back
+    listed = most_rows(shard.num_local_experts, plan.block_rows, shard.top_k)
+    num_bytes = 2 * (rows + listed) * shard.hidden_size * torch.bfloat16.itemsize  # there and back
     return f", {num_bytes / GIB:.2f} GiB for {rows} rows in low-latency mode beside DeepEP's own buffers"
 
 

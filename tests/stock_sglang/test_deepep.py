@@ -16,6 +16,7 @@ import torch
 from stock import EXPERTS, HIDDEN, ROUNDING
 
 from hopper_moe.kernels.benchmarks.workload import SHAPES
+from hopper_moe.kernels.expert_blocks import most_rows
 from hopper_moe.kernels.reference import moe_layer
 from hopper_moe.kernels.shard import ExpertShard
 from hopper_moe.moe_backends.sglang import compat
@@ -157,8 +158,8 @@ def weighted_slots(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, ex
 def test_blocks_of_rows_agree_with_float64_and_with_expert_after_expert(
     wide_model, tmp_path, checkpoint, seed, monkeypatch, limit
 ):
-    """Ragged batches, a rank without tokens, an expert that all choose; rows that nobody sent are NaN. A piece of a call is a
-    part of a block, two whole ones, or all."""
+    """Ragged batches, a rank without tokens, an expert that all choose; rows that nobody sent are NaN. A list of rows is run in
+    pieces of 3, in two, or whole."""
     gloo_deepep.install(monkeypatch)
     rng = torch.Generator().manual_seed(seed + 2)
     rows = [torch.randn(count, HIDDEN, generator=rng).bfloat16() for count in TOKENS]
@@ -166,11 +167,12 @@ def test_blocks_of_rows_agree_with_float64_and_with_expert_after_expert(
     args = stock.resolve(wide_model, *DEEPEP, "--deepep-mode", "low_latency", *SMALL)
     monkeypatch.delenv("HOPPER_MOE_MAX_TOKENS_PER_RANK")
     found = stock.in_ranks(on_ranks(checkpoint, rows), args, RANKS, tmp_path)
-    experts, in_block = stock.whole_experts(checkpoint), BLOCK_TOKENS * RANKS
+    experts = stock.whole_experts(checkpoint)
     for x, (name, whole, together, alone, of_nobody, pieces) in zip(rows, found, strict=True):
         assert name == "DeepEPMoE" and whole.shape == x.shape and of_nobody == (0, HIDDEN)
         sizes = [count for count, *_ in pieces]
-        assert sum(sizes) == 2 * LOCAL * in_block and max(sizes) == min(limit // in_block * in_block or limit, LOCAL * in_block)
+        most = most_rows(LOCAL, BLOCK_TOKENS * RANKS, stock.TOP_K)
+        assert sum(sizes) == 2 * most and max(sizes) == min(limit, most)
         assert all(-1 <= low and high < LOCAL for _, low, high in pieces), "local ids"
         if not len(x):
             continue
@@ -200,7 +202,7 @@ def test_one_server_prefills_in_one_mode_and_decodes_in_the_other(wide_model, tm
 def test_the_report_of_a_worker_names_the_memory_of_blocks():
     shard = ExpertShard.of(SHAPES["flash"], 8192, num_ranks=16)
     plan = ServingPlan("mxfp4_mega", "deepep", 8192, block_rows=16 * 128)
-    words = ", 0.50 GiB for 32768 rows in low-latency mode beside DeepEP's own buffers"
+    words = ", 0.69 GiB for 32768 rows in low-latency mode beside DeepEP's own buffers"
     assert block_memory(shard.alone(), plan) == block_memory(shard, plan) == words
     assert block_memory(shard, replace(plan, block_rows=0)) == ""
 
